@@ -1,0 +1,524 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11,<=2.13", "matplotlib>=3.8", "numpy>=1.26"]
+# ///
+r"""01 · Attention: every token asks a question of all the tokens before it.
+
+To write the next token a model rereads the keys and values of all earlier ones. With ordinary heads
+at DeepSeek-V3's size that is 4.0 MB a token: one sequence of 128k tokens needs 524 GB. Sharing keys
+between heads shrinks it 16 or 128 times; what V3 does instead is chapter 02.
+
+    x (B,T,C) ─┬─ q_proj ─► q (B,H,T,D) ─ RoPE ────────────────┐
+               ├─ k_proj ─► k (B,G,T,D) ─ RoPE ─► KVCache ─ k ─► softmax(q·kᵀ/√D)
+               └─ v_proj ─► v (B,G,T,D) ────────► (B,G,S,D)     │ (B,H,T,S), j ≤ i
+                                                      └─── v ─► · ─► o_proj ─► (B,T,C)
+               G = H: MHA [1]     1 < G < H: GQA [4]     G = 1: MQA [3]
+
+    attention   oᵢ = Σⱼ≤ᵢ softmaxⱼ(qᵢ·kⱼ / √D) vⱼ                                    [1] eq. 1
+    RoPE        pair p of position m turns by the angle m·θ^(−2p/D)                  [2] eq. 34
+                so qₘ·kₙ depends on the contents and on n − m alone                  [2] eq. 16
+    online      m' = max(m, max s)    ℓ' = ℓ·e^(m−m') + Σ e^(s−m')                   [5] alg. 3
+    softmax     o' = o·e^(m−m') + Σ e^(s−m') v,   and at the end o/ℓ                 [6] alg. 1
+
+    axis  config name            here  V3      [1] Vaswani et al. 2017, arXiv:1706.03762
+    B     batch                     2   –      [2] RoFormer, Su et al. 2021, arXiv:2104.09864
+    T, S  new tokens, key slots    37  128k    [3] MQA, Shazeer 2019, arXiv:1911.02150
+    C     hidden_size             128  7168    [4] GQA, Ainslie et al. 2023, arXiv:2305.13245
+    H     num_attention_heads       8   128    [5] Milakov & Gimelshein 2018, arXiv:1805.02867
+    G     num_key_value_heads  8, 2, 1    –    [6] FlashAttention, Dao et al. 2022, arXiv:2205.14135
+    D     head_dim                 16   128    [7] DeepSeek-V2, arXiv:2405.04434
+    R     rotated channels         16    64    V3: DeepSeek-V3, arXiv:2412.19437, §4.2
+
+V3 has no G: its config says num_key_value_heads = 128, and MLA (chapter 02) ignores it.
+
+Run:  python 01_attention.py [--bench]          3 s on one CPU core, 6 s with --bench
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# %% 1. The equation, word for word ----------------------------------------------------------
+# Every attention function of this chapter has this signature, so each can stand in for another.
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, mask=None) -> Tensor:
+    """[1] eq. 1 with the whole (T, S) matrix of scores in memory: the oracle.
+
+    q: (B, H, T, D), k: (B, G, S, D), v: (B, G, S, V), G divides H -> (B, H, T, V) in q's dtype.
+    causal: the queries are the last T of the S positions, and position i sees the keys j <= i.
+    mask: True where a query may look, broadcasts to (B, H, T, S); it replaces the causal rule.
+    """
+    (H, T, D), (G, S) = q.shape[1:], k.shape[1:3]
+    k_per_head, v_per_head = (t.repeat_interleave(H // G, dim=1) for t in (k, v))  # (B, H, S, ·)
+    scores = torch.einsum("BHTD,BHSD->BHTS", q, k_per_head) * (D**-0.5 if scale is None else scale)
+    if mask is None and causal:
+        mask = torch.arange(S, device=q.device) <= torch.arange(S - T, S, device=q.device)[:, None]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.einsum("BHTS,BHSV->BHTV", scores.softmax(-1), v_per_head)
+
+
+def layer_reference(layer: "GroupedQueryAttention", x: Tensor) -> Tensor:
+    """The layer on whole float64 sequences; a pair of channels is one complex number here."""
+
+    def turned(heads: Tensor) -> Tensor:
+        angles = torch.arange(x.shape[1], device=x.device)[:, None] * layer.frequencies.double()
+        pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)))  # (B, H or G, T, D/2)
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+    projections = (layer.q_proj, layer.k_proj, layer.v_proj)
+    q, k, v = (p(x).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for p in projections)
+    out = attention(turned(q), turned(k), v)  # (B, H, T, D)
+    return layer.o_proj(out.transpose(1, 2).flatten(2))
+
+
+# %% 2. The pieces ---------------------------------------------------------------------------
+# First the layer with its cache. A key is stored already turned: its position never changes.
+
+
+# >>> copy: rope_frequencies, apply_rope, KVCache, GroupedQueryAttention (needs torch)
+def rope_frequencies(dim: int, theta: float = 10000.0, device=None) -> Tensor:
+    """Radians per position of each pair of channels, θ^(−2p/dim): (dim/2,) fp32."""
+    if dim % 2:
+        raise ValueError(f"RoPE turns pairs of channels, {dim} is odd")
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Tensor:
+    """Rotate every pair of channels by the angle of its position (RoFormer, arXiv:2104.09864, eq. 34).
+
+    x: (..., T, R), any float dtype -> the same; cos, sin: (T, R/2) or with leading axes that broadcast.
+    interleaved: pairs are (0, 1), (2, 3), … as DeepSeek stores them; else (0, R/2), (1, R/2 + 1), … as Llama.
+    """  # noqa: E501
+    axis = -1 if interleaved else -2
+    a, b = x.unflatten(-1, (-1, 2) if interleaved else (2, -1)).unbind(axis)  # (..., T, R/2) each
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), axis).flatten(-2).to(x.dtype)
+
+
+def half_split_order(dim: int, device=None) -> Tensor:
+    """[0, 2, …, 1, 3, …]: x[..., order] turns interleaved channels into half-split ones.
+
+    A checkpoint changes layout when each head's rows of q_proj and k_proj take this order;
+    order.argsort() leads back.
+    """
+    return torch.arange(dim, device=device).view(-1, 2).T.flatten()
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, mask=None) -> Tensor:
+    """F.scaled_dot_product_attention, its queries the last T of the S positions under causal."""
+    T, S = q.shape[2], k.shape[2]
+    if mask is None and causal and T != S:  # PyTorch's is_causal would take the first T instead
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    share = q.shape[1] != k.shape[1]
+    causal = causal and mask is None
+    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=share)
+
+
+class KVCache:
+    """Keys and values of one layer, in slots allocated once; each row has its own number of tokens.
+
+    Slot j holds the token at position j; a query at position i looks at the slots j <= i. That one
+    rule is causality, and it hides what is stale, at and past `lengths`: nobody needs to clear it.
+    Unequal prompts: append them right-padded, then truncate(prompt_lengths). A rejected draft:
+    truncate again.
+    """
+
+    def __init__(
+        self, batch: int, max_tokens: int, num_key_value_heads: int, head_dim: int,
+        device=None, dtype=None,
+    ):  # fmt: skip
+        shape = (batch, num_key_value_heads, max_tokens, head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # not empty: 0 weight · NaN is NaN
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=self.k.device)  # (B,)
+        self.used = 0  # the longest row, as a Python int: asking `lengths` would wait for the GPU
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v: (B, G, T, D), written behind each row's last token -> both, (B, G, S = used, D)."""
+        (B, G, room, D), T = self.k.shape, k.shape[2]
+        if k.shape != (B, G, T, D) or v.shape != k.shape or {k.dtype, v.dtype} != {self.k.dtype}:
+            got = f"{tuple(k.shape)}, {tuple(v.shape)} {k.dtype}"
+            raise ValueError(f"cache takes two of ({B}, {G}, T, {D}) {self.k.dtype}, got {got}")
+        if self.used + T > room:
+            raise ValueError(f"cache has {room} slots: {self.used} used + {T} new do not fit")
+        rows = torch.arange(B, device=self.k.device)[:, None]  # (B, 1)
+        slots = self.lengths[:, None] + torch.arange(T, device=self.k.device)  # (B, T)
+        self.k[rows, :, slots] = k.transpose(1, 2)  # the two index axes come first: (B, T, G, D)
+        self.v[rows, :, slots] = v.transpose(1, 2)
+        self.lengths = self.lengths + T  # not +=: the caller may keep the old ones for truncate
+        self.used += T
+        return self.k[:, :, : self.used], self.v[:, :, : self.used]
+
+    def truncate(self, lengths: Tensor | list[int] | int) -> None:
+        """Keep the first `lengths` tokens of each row ((B,) or one number), forget the rest."""
+        kept = torch.as_tensor(lengths, device=self.k.device).expand_as(self.lengths)
+        if ((kept < 0) | (kept > self.lengths)).any():
+            raise ValueError(f"cannot keep {kept.tolist()} tokens of {self.lengths.tolist()}")
+        self.lengths, self.used = kept.to(torch.int64, copy=True), int(kept.max())
+
+
+class GroupedQueryAttention(nn.Module):
+    """Causal attention with H query heads on G heads of keys and values, H/G on each.
+
+    x: (B, T, C) -> (B, T, C). With a cache the T tokens stand behind what each row already holds.
+    rope_theta=None: no RoPE. attention: a function with the signature of `torch_attention`.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_attention_heads: int, num_key_value_heads: int,
+        head_dim: int | None = None, rope_theta: float | None = 10000.0, interleaved: bool = True,
+        attention=None,
+    ):  # fmt: skip
+        super().__init__()
+        C, H, G = hidden_size, num_attention_heads, num_key_value_heads
+        if head_dim is None and C % H:
+            raise ValueError(f"hidden_size {C} is not a multiple of {H} heads: give head_dim")
+        if H % G:
+            raise ValueError(f"{H} query heads cannot share {G} key-value heads evenly")
+        self.head_dim = head_dim or C // H
+        self.rope_theta, self.interleaved = rope_theta, interleaved
+        self.attention = attention or torch_attention
+        self.q_proj = nn.Linear(C, H * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(C, G * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(C, G * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(H * self.head_dim, C, bias=False)
+        frequencies = None if rope_theta is None else rope_frequencies(self.head_dim, rope_theta)
+        self.register_buffer("frequencies", frequencies, persistent=False)  # (D/2,)
+
+    def _apply(self, fn, recurse=True):
+        """Keep .to(bfloat16) off the frequencies: position 1000 would be off by a radian."""
+        super()._apply(fn, recurse)
+        if self.frequencies is not None:
+            device = self.frequencies.device
+            self.frequencies = rope_frequencies(self.head_dim, self.rope_theta, device)
+        return self
+
+    def cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions: (..., T) -> cos, sin: (..., T, D/2), in fp32 for a narrower dtype."""
+        wide = torch.promote_types(dtype, torch.float32)
+        angles = positions[..., None].to(wide) * self.frequencies.to(wide)
+        return angles.cos(), angles.sin()
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or G, T, D)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        T, mask = x.shape[1], None
+        positions = torch.arange(T, device=x.device)  # (T,)
+        if cache is not None:
+            positions = cache.lengths[:, None, None] + positions  # (B, 1, T)
+        if self.frequencies is not None:
+            cos, sin = self.cos_sin(positions, x.dtype)  # (T, D/2) or (B, 1, T, D/2)
+            q, k = (apply_rope(t, cos, sin, self.interleaved) for t in (q, k))
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, G, S, D)
+            if cache.used > T:  # else all rows began empty, and the plain causal kernel will do
+                slots = torch.arange(cache.used, device=x.device)
+                mask = slots <= positions[..., None]  # (B, 1, T, S)
+        out = self.attention(q, k, v, causal=mask is None, scale=self.head_dim**-0.5, mask=mask)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, C)
+
+
+# <<< copy
+# Now attention without the T × S matrix. Softmax seems to need a whole row of scores before it can
+# divide. It does not: keep the largest score so far, the sum and the output relative to it, and
+# shrink both when a larger score turns up.
+
+
+# >>> copy: online_softmax_attention, flash_attention (needs torch)
+def online_softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, mask=None, block=128
+) -> Tensor:
+    """Attention that meets the keys `block` at a time and never holds a whole row of scores.
+
+    The inner loop of FlashAttention (arXiv:2205.14135, algorithm 1); arguments as flash_attention.
+    """
+    (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
+    if mask is None and causal:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if mask is not None:
+        mask = mask.expand(B, H, T, S).unflatten(1, (G, -1))  # a view, no memory
+    wide = torch.promote_types(q.dtype, torch.float32)  # sums of bf16 terms would stop growing
+    q_scaled = q.to(wide).unflatten(1, (G, -1)) * (D**-0.5 if scale is None else scale)
+    out = q_scaled.new_zeros(*q_scaled.shape[:-1], v.shape[-1])  # (B, G, H/G, T, V)
+    row_sum = q_scaled.new_zeros(*q_scaled.shape[:-1], 1)  # (B, G, H/G, T, 1)
+    row_max = torch.full_like(row_sum, torch.finfo(wide).min)  # not −inf: (−inf) − (−inf) is NaN
+    for start in range(0, S, block):
+        k_block, v_block = (t[:, :, None, start : start + block].to(wide) for t in (k, v))
+        scores = q_scaled @ k_block.mT  # (B, G, H/G, T, block)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[..., start : start + block], float("-inf"))
+        # detach: the maximum cancels in out / row_sum, so no gradient belongs to it
+        new_max = torch.maximum(row_max, scores.detach().amax(-1, keepdim=True))
+        weights, shrink = (scores - new_max).exp(), (row_max - new_max).exp()
+        row_sum = row_sum * shrink + weights.sum(-1, keepdim=True)
+        out = out * shrink + weights @ v_block
+        row_max = new_max
+    return (out / row_sum).flatten(1, 2).to(q.dtype)  # (B, H, T, V)
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, mask=None, block=128
+) -> Tensor:
+    """Tiles of queries, each of which meets the key blocks up to its diagonal (arXiv:2205.14135).
+
+    q: (B, H, T, D), k: (B, G, S, D), v: (B, G, S, V), G divides H -> (B, H, T, V) in q's dtype.
+    causal: the queries are the last T of the S positions, and position i sees the keys j <= i.
+    mask: True where a query may look, broadcasts to (B, H, T, S); it replaces the causal rule.
+    This is the PyTorch twin that a Triton kernel will stand beside: same arithmetic, any device.
+    It is not fast, and autograd keeps the weights of every tile, which a kernel would recompute.
+    """
+    (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
+    if H % G or k.shape != (B, G, S, D) or v.shape[:3] != (B, G, S):
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"want (B, H, T, D), (B, G, S, D), (B, G, S, V), H % G = 0; got {shapes}")
+    if causal and mask is None and T > S:
+        raise ValueError(f"causal: {T} queries are more than {S} keys, the first would see nothing")
+    if mask is not None:
+        mask = mask.expand(B, H, T, S)
+    tiles = []
+    for start in range(0, T, block):
+        stop = min(start + block, T)
+        seen = S - T + stop if causal and mask is None else S  # past it the diagonal hides all keys
+        rows = None if mask is None else mask[:, :, start:stop]
+        q_tile, k_seen, v_seen = q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen]
+        tiles.append(online_softmax_attention(q_tile, k_seen, v_seen, causal, scale, rows, block))
+    return torch.cat(tiles, dim=2)
+
+
+# <<< copy
+# %% 3. Is it right? -------------------------------------------------------------------------
+
+
+def check(name: str, got: Tensor, want: Tensor, tol: float) -> None:
+    """Print the worst absolute error beside its tolerance; stop the chapter if it is over."""
+    if got.shape != want.shape:  # broadcasting would hide the difference
+        raise SystemExit(
+            f"check    {name}: got {tuple(got.shape)}, want {tuple(want.shape)}   WRONG"
+        )
+    error = (got.double() - want.double()).abs().max().item()
+    ok = error <= tol  # False for NaN too
+    print(f"check    {name:<44} error {error:.1e}   tol {tol:.0e}   {'ok' if ok else 'WRONG'}")
+    if not ok:
+        raise SystemExit(1)
+
+
+def measure(name: str, value: float, text: str = "") -> None:
+    """Print one measured number: an identifier, the value, then free text (unit, rival, paper's value)."""  # noqa: E501
+    print(f"measure  {name:<44} {value:.5g} {text}".rstrip())
+
+
+EXACT = 1e-12  # float64: sums of about 100 terms of size 1, each off by 1e-16
+
+
+def verify_attention(device: torch.device) -> None:
+    """The oracle against a number worked by hand; then PyTorch and the blocked forms against it."""
+    q = torch.tensor([[3.0]], dtype=torch.float64, device=device).log()  # scores 0 and ln 3
+    k, v = q.new_tensor([[0.0], [1.0]]), q.new_tensor([[0.0], [4.0]])
+    by_hand = attention(q[None, None], k[None, None], v[None, None])
+    check("oracle = ¼·0 + ¾·4, by hand", by_hand, torch.full_like(by_hand, 3.0), EXACT)
+    for H, G, T, S in (8, 8, 37, 37), (8, 2, 37, 37), (8, 1, 5, 37):
+        q, k, v = (torch.randn(2, *s, 16).to(q) for s in ((H, T), (G, S), (G, S)))
+        want, shape = attention(q, k, v), f"H={H} G={G} T={T} S={S}"
+        check(f"PyTorch SDPA   = oracle, {shape}", torch_attention(q, k, v), want, EXACT)
+        online = online_softmax_attention(q, k, v, block=8)
+        check(f"online softmax = oracle, {shape}", online, want, EXACT)
+        check(f"flash tiles    = oracle, {shape}", flash_attention(q, k, v, block=8), want, EXACT)
+
+
+def verify_rope(device: torch.device) -> None:
+    """[2] eq. 16: only the distance counts; and both layouts give the same products."""
+    q, k = torch.randn(2, 64, 1, 16, dtype=torch.float64, device=device)  # 64 pairs of vectors
+
+    def products(m: int, n: int, interleaved: bool = True) -> Tensor:
+        order = half_split_order(16, device)
+        q_in, k_in = (q, k) if interleaved else (q[..., order], k[..., order])
+        frequencies = rope_frequencies(16, device=device).double()
+        angles = torch.tensor([[m], [n]], device=device) * frequencies
+        cos, sin = angles.cos(), angles.sin()  # (2, R/2)
+        q_turned = apply_rope(q_in, cos[:1], sin[:1], interleaved)
+        return (q_turned * apply_rope(k_in, cos[1:], sin[1:], interleaved)).sum(-1)
+
+    # an angle near 1000 is itself off by 1e-13
+    check("RoPE: positions (1000, 993) = (7, 0)", products(1000, 993), products(7, 0), 1e-11)
+    check("interleaved = half-split, permuted", products(9, 4), products(9, 4, False), EXACT)
+
+
+def verify_layer(device: torch.device) -> None:
+    """The layer against its equation and against nn.MultiheadAttention."""
+    x = torch.randn(2, 37, 128, dtype=torch.float64).to(device)
+    for name, G in ("MHA", 8), ("GQA", 2), ("MQA", 1):
+        layer = GroupedQueryAttention(128, 8, G).to(x)
+        check(f"{name} layer = equation, RoPE in ℂ", layer(x), layer_reference(layer, x), EXACT)
+    plain = GroupedQueryAttention(128, 8, 8, rope_theta=None).to(x)
+    rival = nn.MultiheadAttention(128, 8, bias=False, batch_first=True).to(x)
+    projections = (plain.q_proj, plain.k_proj, plain.v_proj)
+    rival.in_proj_weight.data = torch.cat([p.weight for p in projections])
+    rival.out_proj.weight.data = plain.o_proj.weight
+    hidden = torch.ones(37, 37, dtype=torch.bool, device=device).triu(1)
+    want = rival(x, x, x, attn_mask=hidden, need_weights=False)[0]
+    check("MHA layer = nn.MultiheadAttention", plain(x), want, EXACT)
+
+
+@torch.no_grad()
+def verify_cache(device: torch.device) -> None:
+    """Prefill in two parts of any size, then token by token; then two rows of unequal length."""
+    x = torch.randn(2, 37, 128, dtype=torch.float64).to(device)
+    layer = GroupedQueryAttention(128, 8, 2).to(x)
+    full, runs = layer(x), []
+    for first in range(1, 36, 4):
+        cache = KVCache(2, 37, 2, 16, x.device, x.dtype)
+        second = (37 - first) // 2
+        sizes = [first, second] + [1] * (37 - first - second)
+        runs.append(torch.cat([layer(part, cache) for part in x.split(sizes, dim=1)], dim=1))
+    want = full.expand(len(runs), -1, -1, -1)
+    check("prefill in any split + decode = one pass", torch.stack(runs), want, EXACT)
+    cache = KVCache(2, 42, 2, 16, x.device, x.dtype)
+    layer(x, cache)
+    cache.truncate([28, 4])  # what lies behind is now stale
+    new, want = (torch.stack([t[0, 28:33], t[1, 4:9]]) for t in (x, full))  # (2, 5, C)
+    check("rows of unequal length = each alone", layer(new, cache), want, EXACT)
+
+
+# %% 4. What does it buy? --------------------------------------------------------------------
+# A cache grows with context × layers × G. At V3's size (61 layers, 128 heads of 128, bf16) MHA
+# needs 524 GB at 128k tokens: seven 80 GB cards for one reader. MQA fits, with one key for 128 heads.
+
+
+def bytes_per_token(num_key_value_heads: int, layers: int = 61, head_dim: int = 128) -> int:
+    """Of all layers, read off a real cache of one slot."""
+    one = KVCache(1, 1, num_key_value_heads, head_dim, dtype=torch.bfloat16)
+    return layers * (one.k.nbytes + one.v.nbytes)
+
+
+def experiment(out: Path) -> None:
+    """Bytes a token for each kind of attention, beside [7] table 1; then the figure."""
+    paper = {"MHA": 2 * 128 * 128, "GQA-8": 2 * 8 * 128, "MQA": 2 * 128, "MLA": 512 + 64}
+    per_token = {name: bytes_per_token(G) for name, G in (("MHA", 128), ("GQA-8", 8), ("MQA", 1))}
+    per_token["MLA"] = 61 * paper["MLA"] * 2  # the paper's: 02 builds the cache that holds it
+    want = torch.tensor([61 * elements * 2 for elements in paper.values()])
+    check("bytes of KVCache = [7] table 1", torch.tensor(list(per_token.values())), want, 0)
+    for name, size in per_token.items():
+        text = f"= {size:,} B   [7] table 1: {paper[name]:,} elements · 61 layers · 2 B"
+        measure(f"kv_bytes_per_token_{name.lower().replace('-', '')}", size, text)
+    draw(per_token, out)
+    print(f"figure   {out}")
+
+
+def draw(per_token: dict[str, int], out: Path) -> None:
+    """Bytes of one sequence's cache against its length, one line a kind of attention."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    contexts = [1024 * 2**i for i in range(8)]  # 1k … 128k
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name, size in per_token.items():
+        label = "MLA: how? The question the next chapter answers" if name == "MLA" else name
+        gigabytes = [size * tokens / 1e9 for tokens in contexts]
+        axes.plot(contexts, gigabytes, "--" if name == "MLA" else "o-", label=label)
+        axes.annotate(f"   {gigabytes[-1]:.3g} GB", (contexts[-1], gigabytes[-1]), va="center")
+    axes.axhline(80, color="gray", lw=0.8)
+    axes.annotate("all memory of one 80 GB card", (contexts[0], 80), va="bottom", color="gray")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(contexts, [f"{tokens // 1024}k" for tokens in contexts])
+    axes.set_xlim(right=contexts[-1] * 2)
+    axes.set(xlabel="context (tokens)", ylabel="KV cache of one sequence (GB)")
+    axes.set_title("At V3's size one 128k-token sequence with MHA needs 524 GB of cache")
+    axes.legend()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+
+
+# %% 5. How fast? ----------------------------------------------------------------------------
+
+
+def race(tasks: dict[str, Callable], device: torch.device, rounds: int = 9) -> dict[str, float]:
+    """Median milliseconds of each task; every round runs them all, so drift hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(rounds + 1):
+        for name, task in tasks.items():
+            begin = time.perf_counter()
+            task()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: statistics.median(values[1:]) for name, values in times.items()}  # [0]: warm-up
+
+
+@torch.no_grad()
+def bench(device: torch.device) -> None:
+    """One forward pass of attention; then one decoded token with the cache and without."""
+    T, H, G, D, dtype = 1024, 8, 2, 64, torch.float32
+    if device.type == "cuda":
+        T, H, G, D, dtype = 4096, 32, 8, 128, torch.bfloat16
+    q, k, v = (torch.randn(1, n, T, D, device=device, dtype=dtype) for n in (H, G, G))
+    rivals = (attention, online_softmax_attention, flash_attention, torch_attention)
+    ms = race({f.__name__: partial(f, q, k, v) for f in rivals}, device)
+    for name, value in ms.items():
+        ratio = f"{value / ms['torch_attention']:.2f}x SDPA"
+        measure(f"forward_{name}_ms", value, f"ms   {ratio}   T={T} H={H} G={G} D={D} {dtype}")
+    layer = GroupedQueryAttention(H * D, H, G).to(device, dtype)
+    x = torch.randn(1, T, H * D, device=device, dtype=dtype)
+    cache = KVCache(1, T, G, D, device, dtype)
+    layer(x[:, :-1], cache)
+
+    def decode() -> None:
+        cache.truncate(T - 1)
+        layer(x[:, -1:], cache)
+
+    ms = race({"cached": decode, "recomputed": partial(layer, x)}, device)
+    measure("token_cached_ms", ms["cached"], f"ms   token {T} of one layer, C={H * D}")
+    ratio = f"{ms['recomputed'] / ms['cached']:.1f}x cached"
+    measure("token_recomputed_ms", ms["recomputed"], f"ms   {ratio}")
+
+
+# %% Exercises -------------------------------------------------------------------------------
+# 1. Break it: take `* shrink` out of the line of row_sum. Which check stops the chapter? Why would
+#    block=S have hidden it? Sort the keys of a single query so that its largest score comes first:
+#    why is the broken code right again?
+# 2. [7], table 1: MLA's cache at V3's size is that of GQA with 2.25 groups. Derive it. Which G would
+#    V2-Lite need (27 layers, 16 heads of 128, the same 512 + 64)? Why is it the same G?
+# 3. Let a query see the last W positions only: change the rule in `forward`. Then make KVCache a
+#    ring of W slots. Slot j no longer holds position j: what must the cache remember, and what can
+#    `truncate` no longer undo?
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    cli.add_argument("--device", default=default, help="cpu, cuda, cuda:1, … (%(default)s)")
+    cli.add_argument("--seed", type=int, default=0, help="of weights and inputs (%(default)s)")
+    cli.add_argument("--bench", action="store_true", help="also time it against PyTorch's SDPA")
+    out = Path("runs/01_attention.png")
+    cli.add_argument("--out", type=Path, default=out, help="file of the figure (%(default)s)")
+    args = cli.parse_args()
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # the checks need float64
+    except Exception as error:  # each backend raises a type of its own
+        cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
+    torch.manual_seed(args.seed)
+    verify_attention(device)
+    verify_rope(device)
+    verify_layer(device)
+    verify_cache(device)
+    experiment(args.out)
+    if args.bench:
+        bench(device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Each of 01-05 as a reader runs it: alone in an empty folder, in a minute."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+receipt = import_module("benchmarks.record").receipt
+
+CHAPTERS = sorted(Path(__file__).resolve().parents[1].glob("0[1-5]_*.py"))
+SLOW = set()  # stems of chapters whose plain run takes over 20 s on two cores
+SCREEN = (45, 120)  # lines, columns
+MINUTE = 60  # seconds
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def start(chapter: Path, folder: Path, *args: str) -> subprocess.CompletedProcess:
+    """A copy in an empty folder: what a chapter needs beside it would be missing there."""
+    folder.mkdir()
+    shutil.copy(chapter, folder)
+    env = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    env.pop("PYTHONPATH", None)  # else the repository could still be found
+    command = [sys.executable, chapter.name, *args]
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, encoding="utf-8", timeout=MINUTE
+    )
+
+
+def lessons() -> Iterator:
+    for chapter in CHAPTERS:
+        slow = [pytest.mark.slow] if chapter.stem in SLOW else []
+        yield pytest.param((chapter, "cpu"), id=chapter.stem, marks=slow)
+        gpu = [pytest.mark.gpu, NO_GPU]
+        yield pytest.param((chapter, "cuda"), id=f"{chapter.stem}-cuda", marks=gpu)
+
+
+@pytest.mark.parametrize("lesson", list(lessons()))
+def test_lesson(lesson, tmp_path):
+    import matplotlib.font_manager  # noqa: F401 - builds its cache now, or the first run says so
+
+    chapter, device = lesson
+    out, folder = tmp_path / "out", tmp_path / "empty"
+    done = start(chapter, folder, "--device", device, "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""  # no warnings
+
+    lines = done.stdout.splitlines()
+    assert len(lines) <= SCREEN[0]
+    assert [line for line in lines if len(line) > SCREEN[1]] == []
+    checks, measures = receipt(lines)
+    assert len(checks) >= 3 and all(check["ok"] for check in checks)
+    assert measures
+
+    [figure] = out.rglob("*.png")
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in folder.iterdir()] == [chapter.name]  # --out is where it writes
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_help(chapter, tmp_path):
+    done = start(chapter, tmp_path / "empty", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for flag in ("--device", "--seed", "--bench", "--out"):
+        assert flag in done.stdout
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_a_device_that_is_none(chapter, tmp_path):
+    done = start(chapter, tmp_path / "empty", "--device", "nonsense")
+    assert (done.returncode, done.stdout) == (2, "")
+    *usage, message = done.stderr.splitlines()
+    assert "nonsense" in message and "Traceback" not in done.stderr
+    assert all(line.startswith(("usage:", " ")) for line in usage)  # argparse's own lines
