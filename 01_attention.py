@@ -391,7 +391,8 @@ def verify_cache(device: torch.device) -> None:
 
 # %% 4. What does it buy? --------------------------------------------------------------------
 # A cache grows with context × layers × G. At V3's size (61 layers, 128 heads of 128, bf16) MHA
-# needs 524 GB at 128k tokens: seven 80 GB cards for one reader. MQA fits, with one key for 128 heads.
+# needs 524 GB at 128k tokens: seven 80 GB cards for one reader. MQA needs 4 GB, but its 128 heads
+# share one key.
 
 
 def bytes_per_token(num_key_value_heads: int, layers: int = 61, head_dim: int = 128) -> int:
@@ -408,7 +409,7 @@ def experiment(out: Path) -> None:
     want = torch.tensor([61 * elements * 2 for elements in paper.values()])
     check("bytes of KVCache = [7] table 1", torch.tensor(list(per_token.values())), want, 0)
     for name, size in per_token.items():
-        text = f"= {size:,} B   [7] table 1: {paper[name]:,} elements · 61 layers · 2 B"
+        text = f"= {size:,} B   [7] table 1: {paper[name]:,} · 61 layers · 2 B"
         measure(f"kv_bytes_per_token_{name.lower().replace('-', '')}", size, text)
     draw(per_token, out)
     print(f"figure   {out}")
@@ -489,8 +490,8 @@ def bench(device: torch.device) -> None:
 # 1. Break it: take `* shrink` out of the line of row_sum. Which check stops the chapter? Why would
 #    block=S have hidden it? Sort the keys of a single query so that its largest score comes first:
 #    why is the broken code right again?
-# 2. [7], table 1: MLA's cache at V3's size is that of GQA with 2.25 groups. Derive it. Which G would
-#    V2-Lite need (27 layers, 16 heads of 128, the same 512 + 64)? Why is it the same G?
+# 2. [7], table 1: MLA's cache at V3's size is that of GQA with 2.25 groups. Derive it. Which G
+#    would V2-Lite need (27 layers, 16 heads of 128, the same 512 + 64)? Why is it the same G?
 # 3. Let a query see the last W positions only: change the rule in `forward`. Then make KVCache a
 #    ring of W slots. Slot j no longer holds position j: what must the cache remember, and what can
 #    `truncate` no longer undo?
@@ -502,8 +503,7 @@ def main() -> None:
     cli.add_argument("--device", default=default, help="cpu, cuda, cuda:1, … (%(default)s)")
     cli.add_argument("--seed", type=int, default=0, help="of weights and inputs (%(default)s)")
     cli.add_argument("--bench", action="store_true", help="also time it against PyTorch's SDPA")
-    out = Path("runs/01_attention.png")
-    cli.add_argument("--out", type=Path, default=out, help="file of the figure (%(default)s)")
+    cli.add_argument("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
     try:
         device = torch.device(args.device)
@@ -515,7 +515,7 @@ def main() -> None:
     verify_rope(device)
     verify_layer(device)
     verify_cache(device)
-    experiment(args.out)
+    experiment(args.out / "01_attention.png")
     if args.bench:
         bench(device)
 

@@ -100,8 +100,8 @@ def test_large_scores_do_not_overflow(function):
     q, k, v = qkv(2, 2, 9, 9, 8, dtype=torch.float32)
     q = 1e4 * q  # e^score is beyond fp32, and the maximum moves from block to block
     got = function(q, k, v, block=2)
-    # scores near 1e4 in fp32 are off by up to 1e-3 each, and so are the weights
-    assert_close(got, attn.attention(q.double(), k.double(), v.double()).float(), 5e-3)
+    # the gaps are as large as the scores: one weight is 1, and what is left is fp32 rounding
+    assert_close(got, attn.attention(q.double(), k.double(), v.double()).float(), 1e-6)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS[1:], ids=lambda f: f.__name__)
@@ -200,7 +200,7 @@ def test_layer_is_multihead_attention(B, T, C, H):
 def test_layer_is_llama_attention(H, G, D):
     """Same weights, half-split RoPE; the output and every gradient."""
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
-    B, T, C, theta = 2, 19, 32, 500.0
+    B, T, C, theta = 2, 19, 48, 500.0
     config = llama.LlamaConfig(
         hidden_size=C,
         num_attention_heads=H,
@@ -302,8 +302,8 @@ def test_bf16_layer_is_near_the_float64_layer():
     exact = copy.deepcopy(layer).double()
     x = torch.randn(2, 300, 64, dtype=torch.bfloat16)
     error = (layer(x).double() - exact(x.double())).abs().max()
-    # outputs are below 0.5; four roundings of 8 bits in a row, averaged by two products
-    assert error <= 4 * 2**-9 * 0.5
+    # four roundings in a row (projection, RoPE, attention, projection), 2^-9 each, of outputs below 1
+    assert error <= 4 * 2**-9
 
 
 # The cache ----------------------------------------------------------------------------------
@@ -349,8 +349,7 @@ def test_unequal_prompts_are_each_row_alone(lengths, G):
     got = torch.cat([layer(torch.stack(step), cache) for step in steps], dim=1)  # one, then three
     for row, n in enumerate(lengths):
         alone = layer(x[row : row + 1, : n + 4])[0]
-        assert_close(prefill[row, :n], alone[:n])
-        assert_close(got[row], alone[n:])
+        assert_close(torch.cat([prefill[row, :n], got[row]]), alone)
     assert cache.lengths.tolist() == [n + 4 for n in lengths]
 
 
