@@ -93,11 +93,12 @@ def rope_frequencies(dim: int, theta: float = 10000.0, device=None) -> Tensor:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Tensor:
-    """Rotate every pair of channels by the angle of its position (RoFormer, arXiv:2104.09864, eq. 34).
+    """Turn each pair of channels by the angle of its position (RoFormer, arXiv:2104.09864, eq. 34).
 
-    x: (..., T, R), any float dtype -> the same; cos, sin: (T, R/2) or with leading axes that broadcast.
-    interleaved: pairs are (0, 1), (2, 3), … as DeepSeek stores them; else (0, R/2), (1, R/2 + 1), … as Llama.
-    """  # noqa: E501
+    x: (..., T, R), any float dtype -> the same; cos, sin: (T, R/2), or broadcast to (..., T, R/2).
+    interleaved: pairs are (0, 1), (2, 3), … as DeepSeek stores them; else (0, R/2), (1, R/2 + 1), …
+    as Llama does.
+    """
     axis = -1 if interleaved else -2
     a, b = x.unflatten(-1, (-1, 2) if interleaved else (2, -1)).unbind(axis)  # (..., T, R/2) each
     return torch.stack((a * cos - b * sin, a * sin + b * cos), axis).flatten(-2).to(x.dtype)
@@ -313,7 +314,7 @@ def check(name: str, got: Tensor, want: Tensor, tol: float) -> None:
 
 
 def measure(name: str, value: float, text: str = "") -> None:
-    """Print one measured number: an identifier, the value, then free text (unit, rival, paper's value)."""  # noqa: E501
+    """Print one measured number: identifier, value, free text (unit, rival, paper's value)."""
     print(f"measure  {name:<44} {value:.5g} {text}".rstrip())
 
 

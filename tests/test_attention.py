@@ -302,7 +302,7 @@ def test_bf16_layer_is_near_the_float64_layer():
     exact = copy.deepcopy(layer).double()
     x = torch.randn(2, 300, 64, dtype=torch.bfloat16)
     error = (layer(x).double() - exact(x.double())).abs().max()
-    # four roundings in a row (projection, RoPE, attention, projection), 2^-9 each, of outputs below 1
+    # four roundings in a row (projection, RoPE, attention, projection), 2^-9 each, outputs below 1
     assert error <= 4 * 2**-9
 
 
