@@ -297,6 +297,79 @@ def flash_attention(
 
 
 # <<< copy
+# The same tiles for training where there is no GPU kernel. A tile's scores (block × S) are small: it
+# takes all the keys it sees at once, and backward computes them again instead of keeping them.
+
+
+# >>> copy: tiled_attention (needs torch)
+class _TiledAttention(torch.autograd.Function):
+    """One tile a step: t queries of R = H/G heads (B, G, R·t, D) against the keys they may see."""
+
+    @staticmethod
+    def tiles(q: Tensor, k: Tensor, causal: bool, scale: float, mask: Tensor | None, block: int):
+        """Yields a tile's slice of the queries, how many keys it sees, and its softmax weights."""
+        (B, H, T, _), (G, S) = q.shape, k.shape[1:3]
+        for start in range(0, T, block):
+            rows = slice(start, min(start + block, T))
+            t, seen = rows.stop - start, S - T + rows.stop if causal else S
+            q_tile = q[:, :, rows].reshape(B, G, -1, q.shape[-1])  # (B, G, R·t, D)
+            scores = (q_tile @ k[:, :, :seen].mT).view(B, H, t, seen)
+            if mask is not None:
+                scores.masked_fill_(~mask[:, :, rows], float("-inf"))
+            elif causal:  # the diagonal crosses only the last t keys
+                later = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
+                scores[..., -t:].masked_fill_(later, float("-inf"))
+            weights = scores.mul_(scale).softmax(-1)  # sums in fp32 whatever the width
+            yield rows, seen, weights.view(B, G, -1, seen)
+
+    @staticmethod
+    def forward(ctx, q, k, v, *settings):
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        out = q.new_empty(*q.shape[:3], v.shape[-1])  # (B, H, T, V)
+        for rows, seen, weights in _TiledAttention.tiles(q, k, *settings):
+            out[:, :, rows] = (weights @ v[:, :, :seen]).view_as(out[:, :, rows])
+        ctx.save_for_backward(q, k, v, out)
+        ctx.settings = settings
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out = ctx.saved_tensors
+        B, G, scale = *k.shape[:2], ctx.settings[1]
+        wide = torch.promote_types(k.dtype, torch.float32)  # summed over the tiles
+        dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))
+        inner = (grad * out).sum(-1, keepdim=True)  # Σⱼ pᵢⱼ·dpᵢⱼ = doᵢ·oᵢ: (B, H, T, 1)
+        for rows, seen, weights in _TiledAttention.tiles(q, k, *ctx.settings):
+            q_tile, do, oo = (
+                x[:, :, rows].reshape(B, G, -1, x.shape[-1]) for x in (q, grad, inner)
+            )
+            dv[:, :, :seen] += weights.mT @ do
+            ds = (do @ v[:, :, :seen].mT).sub_(oo).mul_(weights).mul_(scale)  # of q·k: (…, seen)
+            dq[:, :, rows] = (ds @ k[:, :, :seen]).view_as(dq[:, :, rows])
+            dk[:, :, :seen] += ds.mT @ q_tile
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+def tiled_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, mask=None, block=128
+) -> Tensor:
+    """Attention by tiles of queries, in the width of its input, forward and backward.
+
+    q: (B, H, T, D), k: (B, G, S, D), v: (B, G, S, V), G divides H -> (B, H, T, V) in q's dtype.
+    causal and mask as `attention`. It holds block × S weights a head at a time; backward makes them
+    again (arXiv:2205.14135, algorithm 4). Under autocast it takes autocast's dtype, as SDPA does.
+    """
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind):
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    if mask is not None:
+        mask = mask.expand(*q.shape[:3], k.shape[2])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(kind, enabled=False):
+        return _TiledAttention.apply(q, k, v, causal and mask is None, scale, mask, block)
+
+
+# <<< copy
 # %% 3. Is it right? -------------------------------------------------------------------------
 
 
@@ -334,6 +407,7 @@ def verify_attention(device: torch.device) -> None:
         online = online_softmax_attention(q, k, v, block=8)
         check(f"online softmax = oracle, {shape}", online, want, EXACT)
         check(f"flash tiles    = oracle, {shape}", flash_attention(q, k, v, block=8), want, EXACT)
+        check(f"tiled          = oracle, {shape}", tiled_attention(q, k, v, block=8), want, EXACT)
 
 
 def verify_rope(device: torch.device) -> None:
@@ -467,7 +541,7 @@ def bench(device: torch.device) -> None:
     if device.type == "cuda":
         T, H, G, D, dtype = 4096, 32, 8, 128, torch.bfloat16
     q, k, v = (torch.randn(1, n, T, D, device=device, dtype=dtype) for n in (H, G, G))
-    rivals = (attention, online_softmax_attention, flash_attention, torch_attention)
+    rivals = attention, online_softmax_attention, flash_attention, tiled_attention, torch_attention
     ms = race({f.__name__: partial(f, q, k, v) for f in rivals}, device)
     for name, value in ms.items():
         ratio = f"{value / ms['torch_attention']:.2f}x SDPA"
