@@ -1,0 +1,1276 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch>=2.11,<=2.13", "numpy>=1.26", "tiktoken>=0.8", "regex>=2024.5", "matplotlib>=3.8",
+#   "safetensors>=0.4.5", "tqdm>=4.66",
+# ]
+# ///
+r"""06 · Training: the tested pieces wired into a whole DeepSeek-V3, and six minutes of real text.
+
+PLACEHOLDER
+"""
+
+import argparse
+import base64
+import contextlib
+import gzip
+import hashlib
+import heapq
+import importlib.metadata
+import itertools
+import json
+import lzma
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import regex
+import tiktoken
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+attn = import_module("01_attention")  # tiled_attention
+mla = import_module("02_mla")  # MultiHeadLatentAttention, LatentCache
+moe = import_module("03_moe_router")  # MoE, SwiGLU, max_violation
+
+# %% 1. The config: a released config.json, field by field -----------------------------------
+
+# Keys that change the maths, with the one value we build. A file may leave them out.
+BUILT = {
+    "attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "tie_word_embeddings": False,
+    "attention_dropout": 0.0, "moe_layer_freq": 1, "quantization_config": None,
+    "sliding_window": None, "index_topk": None,
+}  # fmt: skip
+V2_DEFAULTS = {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
+
+
+@dataclass(frozen=True)
+class DeepSeekConfig:
+    """Sizes and switches under the names of a released config.json; the defaults are V3's.
+
+    ValueError names the field whose value is impossible, contradicts another, or isn't built here.
+    """
+
+    vocab_size: int = 129280
+    hidden_size: int = 7168
+    intermediate_size: int = 18432  # of a dense layer's SwiGLU
+    moe_intermediate_size: int = 2048  # of one expert
+    num_hidden_layers: int = 61
+    first_k_dense_replace: int = 3  # so many layers are dense, the rest mixtures
+    num_attention_heads: int = 128
+    q_lora_rank: int | None = 1536
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    n_routed_experts: int = 256
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 8
+    n_group: int = 8
+    topk_group: int = 4
+    topk_method: str = "noaux_tc"
+    scoring_func: str = "sigmoid"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    rope_interleave: bool = True
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.006  # [1] §4.2; the released files say 0.02
+    num_nextn_predict_layers: int = 0  # MTP modules: chapter 05
+    bos_token_id: int | None = 0
+    eos_token_id: int | None = 1
+
+    def __post_init__(self):
+        may_be_zero = {"n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" or field.type is int:
+                least = 0 if field.name in may_be_zero else 1
+                if not isinstance(value, int) or value < least:
+                    raise ValueError(f"{field.name} must be an int >= {least}, got {value!r}")
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise ValueError(
+                f"first_k_dense_replace {self.first_k_dense_replace} is more than "
+                f"num_hidden_layers {self.num_hidden_layers}"
+            )
+        for name in ("bos_token_id", "eos_token_id"):
+            token = getattr(self, name)
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ValueError(f"{name} {token} is outside the vocabulary of {self.vocab_size}")
+        with torch.device("meta"):  # the pieces check their own arguments, and cost nothing there
+            Block(self, layer=0)
+            Block(self, layer=self.first_k_dense_replace)
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "DeepSeekConfig":
+        """From the contents of a config.json, with either spelling of the rotary settings.
+
+        Keys we don't know are ignored; ValueError for one of BUILT with another value than ours.
+        """
+        raw = dict(raw)
+        kind = raw.get("model_type", "deepseek_v3")
+        if kind not in ("deepseek_v3", "deepseek_v2"):
+            raise ValueError(f"model_type {kind!r}: want 'deepseek_v3' or 'deepseek_v2'")
+        for key, ours in BUILT.items():
+            if raw.get(key, ours) != ours:
+                raise ValueError(f"{key} = {raw[key]!r} is not built here, only {ours!r}")
+        if new := raw.pop("rope_parameters", None):  # transformers 5
+            theta = new.get("rope_theta", 10000.0)
+            scaled = new.get("rope_type", "default") != "default"
+            scaling = {k: v for k, v in new.items() if k != "rope_theta"} if scaled else None
+            for key, value in (("rope_theta", theta), ("rope_scaling", scaling)):
+                if key in raw and raw[key] not in (value, new):
+                    raise ValueError(f"{key} = {raw[key]!r} contradicts rope_parameters = {new!r}")
+                raw[key] = value
+        if scaling := raw.get("rope_scaling"):
+            scaling = {"type": scaling.get("rope_type", "yarn"), **scaling}
+            scaling.pop("rope_type", None)
+            longest = raw.get("max_position_embeddings", cls.max_position_embeddings)
+            scaling.setdefault("original_max_position_embeddings", longest)
+            raw["rope_scaling"] = scaling
+        if kind == "deepseek_v2":
+            raw = V2_DEFAULTS | raw
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in raw.items() if key in known})
+
+    def to_dict(self) -> dict:
+        """What goes into config.json, so that transformers builds the same model."""
+        version = 3 if self.topk_method == "noaux_tc" else 2
+        return {
+            "architectures": [f"DeepseekV{version}ForCausalLM"],
+            "model_type": f"deepseek_v{version}",
+            **asdict(self),
+            "num_key_value_heads": self.num_attention_heads,  # vestigial: MLA has none
+            **{key: value for key, value in BUILT.items() if value is not None},
+        }
+
+
+# %% 2. The model: wiring, and nothing that an earlier chapter taught ------------------------
+
+
+def cpu_or_gpu_attention(q, k, v, causal=True, scale=None, mask=None) -> Tensor:
+    """In training on a CPU chapter 01's tiles take half of SDPA's time; elsewhere SDPA is fast."""
+    tiled = q.device.type == "cpu" and q.shape[2] > 1
+    function = attn.tiled_attention if tiled else mla.padded_attention
+    return function(q, k, v, causal=causal, scale=scale, mask=mask)
+
+
+def narrow(x: Tensor) -> Tensor:
+    """Cast once, under autocast, what several projections read: each would cast a copy."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """RMSNorm of the residual stream (B, T, D), taken in fp32; then as wide as the weights."""
+    return norm(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).to(x.dtype)
+
+
+class Block(nn.Module):
+    """x + MLA(norm(x)), then x + FFN(norm(x)): (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: DeepSeekConfig, layer: int):
+        super().__init__()
+        c = config
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.self_attn = mla.MultiHeadLatentAttention(
+            c.hidden_size, c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim,
+            c.qk_rope_head_dim, c.v_head_dim, c.q_lora_rank, c.rope_theta, c.rope_scaling,
+            c.rope_interleave, attention=cpu_or_gpu_attention,
+        )  # fmt: skip
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        if layer < c.first_k_dense_replace:
+            self.mlp = moe.SwiGLU(c.hidden_size, c.intermediate_size)
+        else:
+            self.mlp = moe.MoE(
+                c.hidden_size, c.moe_intermediate_size, c.n_routed_experts, c.num_experts_per_tok,
+                c.n_shared_experts, n_group=c.n_group, topk_group=c.topk_group,
+                topk_method=c.topk_method, scoring_func=c.scoring_func,
+                norm_topk_prob=c.norm_topk_prob, routed_scaling_factor=c.routed_scaling_factor,
+            )  # fmt: skip
+
+    def forward(self, x: Tensor, cache=None) -> Tensor:
+        x = x + self.self_attn(narrow(normed(self.input_layernorm, x)), cache)
+        return x + self.mlp(narrow(normed(self.post_attention_layernorm, x)))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Σ −log softmax(h Wᵀ)[label] over N positions, without the (N, V) logits or their gradient.
+
+    At V3's vocabulary the fp32 logits of 4,096 tokens are 2.1 GB. The gradient of a slice of rows
+    is (softmax − onehot), so forward multiplies it into both operands and forgets the slice.
+    """
+
+    ROWS = 512
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        dh, dw = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
+        total, weight = dw.new_zeros(()), weight.to(hidden.dtype)
+        slices = (t.split(LinearCrossEntropy.ROWS) for t in (hidden, labels[:, None], dh))
+        for h, label, dh_out in zip(*slices, strict=True):
+            logits = (h @ weight.T).to(wide)  # (rows, V)
+            probs = logits.softmax(-1)
+            # log Σ e^s from the likeliest token alone; torch's log_softmax takes four times as long
+            log_sum = logits.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()
+            total += (log_sum - logits.gather(1, label)).sum()
+            error = probs.scatter_add_(1, label, probs.new_full(label.shape, -1.0))
+            error = error.to(h.dtype)
+            torch.mm(error, weight, out=dh_out)
+            dw += error.T @ h
+        ctx.save_for_backward(dh, dw)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        dh, dw = ctx.saved_tensors
+        return dh * grad.to(dh.dtype), dw * grad, None
+
+
+class DeepSeek(nn.Module):
+    """DeepSeek-V3 (or V2) of any size: tokens (B, T) int64 -> logits (B, T, vocab_size)."""
+
+    def __init__(self, config: DeepSeekConfig):
+        super().__init__()
+        self.config = config
+        V, D = config.vocab_size, config.hidden_size
+        self.model = nn.Module()  # a level of its own, as in the released names
+        self.model.embed_tokens = nn.Embedding(V, D)
+        layers = range(config.num_hidden_layers)
+        self.model.layers = nn.ModuleList(Block(config, layer) for layer in layers)
+        self.model.norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(D, V, bias=False)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:  # [1] §4.2: all but the norms, experts and router included
+                nn.init.normal_(parameter, std=config.initializer_range)
+
+    def forward(self, tokens: Tensor, caches: list | None = None) -> Tensor:
+        return self.lm_head(narrow(self.hidden(tokens, caches)))
+
+    def hidden(self, tokens: Tensor, caches: list | None = None) -> Tensor:
+        """tokens: (B, T) -> the state behind the final norm, (B, T, D)."""
+        x = self.model.embed_tokens(tokens)  # (B, T, D)
+        for layer, block in enumerate(self.model.layers):
+            x = block(x, None if caches is None else caches[layer])
+        return normed(self.model.norm, x)
+
+    def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy in nats; tokens, labels: (B, T), and a label of -100 is left out."""
+        hidden = narrow(self.hidden(tokens)).flatten(0, 1)  # (N, D), N = B·T
+        labels = labels.flatten()
+        if (labels < 0).any():
+            hidden, labels = hidden[labels != -100], labels[labels != -100]
+        total = LinearCrossEntropy.apply(hidden, self.lm_head.weight, labels)
+        return total / len(labels)
+
+    def mixtures(self) -> list:
+        """The MoE layers in order; each remembers the load of its last forward."""
+        return [block.mlp for block in self.model.layers if isinstance(block.mlp, moe.MoE)]
+
+    def new_caches(self, batch: int, max_tokens: int) -> list:
+        """An empty latent cache for every layer."""
+        c, weight = self.config, self.lm_head.weight
+        place = {"device": weight.device, "dtype": narrow(weight[:1]).dtype}
+        sizes = batch, max_tokens, c.kv_lora_rank, c.qk_rope_head_dim
+        return [mla.LatentCache(*sizes, **place) for _ in self.model.layers]
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
+        top_p: float = 1.0, eos_token_id: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """The tokens behind each prompt, through the latent cache; prompts may differ in length.
+
+        temperature 0 takes the likeliest token; top_p < 1 samples from the smallest set of tokens
+        that holds so much probability. A row ends with eos_token_id (kept) or max_new_tokens.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        room, limit = max(lengths, default=0) + max_new_tokens, self.config.max_position_embeddings
+        if not prompts or min(lengths) == 0:
+            raise ValueError(f"every prompt needs at least one token, got lengths {lengths}")
+        if room > limit:
+            raise ValueError(f"prompt + new tokens = {room} > max_position_embeddings = {limit}")
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError(f"want temperature >= 0 and 0 < top_p <= 1: {temperature}, {top_p}")
+        device = self.lm_head.weight.device
+        padded = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)  # on the right
+        for row, prompt in enumerate(prompts):
+            padded[row, : len(prompt)] = torch.tensor(prompt)
+        last = torch.tensor(lengths, device=device) - 1  # (B,)
+        caches = self.new_caches(len(prompts), room)
+        states = self.hidden(padded.to(device), caches)[torch.arange(len(last)), last]  # (B, D)
+        for cache in caches:
+            cache.truncate(last + 1)  # the padding is forgotten
+        new, going = [[] for _ in prompts], [max_new_tokens > 0] * len(prompts)
+        while any(going):
+            chosen = choose(self.lm_head(narrow(states)).float(), temperature, top_p, generator)
+            for row, token in enumerate(chosen.tolist()):
+                if going[row]:
+                    new[row].append(token)
+                    going[row] = token != eos_token_id and len(new[row]) < max_new_tokens
+            if any(going):  # rows that have ended run along, unheard
+                states = self.hidden(chosen[:, None], caches)[:, 0]
+        return new
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, each whole beside the old one, then renamed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {n: t.detach().cpu().contiguous() for n, t in released_tensors(self).items()}
+        dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
+        text = json.dumps({**self.config.to_dict(), "torch_dtype": dtype}, indent=1)
+        weights = lambda path: save_file(tensors, path, {"format": "pt"})
+        save_whole(folder / "model.safetensors", weights)
+        save_whole(folder / "config.json", lambda path: path.write_text(text + "\n"))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device="cpu", dtype: torch.dtype | None = None):
+        """A model from config.json and *.safetensors with released names (fp32 or bf16 weights).
+
+        dtype None keeps the file's. ValueError lists names that are missing, unexpected or of
+        another shape. MTP layers behind the last one (61 in V3) are left out, with a notice.
+        """
+        folder = Path(folder)
+        config = read_config(folder)
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            names = json.loads(index.read_text())["weight_map"].values()
+            files = sorted(folder / name for name in set(names))
+        else:
+            files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{folder} has no *.safetensors")
+        with torch.device("meta"):
+            model = cls(config)
+        want = released_tensors(model)
+        got, mtp = {}, 0
+        for file in files:
+            try:
+                with safe_open(file, "pt", device=str(device)) as tensors:
+                    for name in tensors.keys():  # noqa: SIM118 - not a dict
+                        layer = regex.match(r"model\.layers\.(\d+)\.", name)
+                        if layer and int(layer[1]) >= config.num_hidden_layers:
+                            mtp += 1
+                        else:
+                            got[name] = tensors.get_tensor(name)
+            except (SafetensorError, FileNotFoundError) as error:
+                raise ValueError(f"{file} can't be read: {error}") from None
+        shapes = [n for n in want.keys() & got.keys() if want[n].shape != got[n].shape]
+        shapes = [f"{n} {tuple(got[n].shape)}, want {tuple(want[n].shape)}" for n in shapes]
+        wrong = {"missing": want.keys() - got.keys(), "unexpected": got.keys() - want.keys()}
+        wrong["of another shape"] = set(shapes)
+        for what, names in wrong.items():
+            if names:
+                some = ", ".join(sorted(names)[:5])
+                raise ValueError(f"{folder}: {len(names)} tensors {what}: {some}")
+        if config.num_nextn_predict_layers or mtp:
+            print(f"notice: {folder.name}: main model only, MTP is chapter 05", file=sys.stderr)
+        if dtype is None:
+            dtype = got["lm_head.weight"].dtype
+        model.to(dtype).to_empty(device=device)
+        with torch.no_grad():
+            for name, ours in released_tensors(model).items():  # views of the parameters
+                ours.copy_(got.pop(name))
+        return model
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, generator=None) -> Tensor:
+    """logits: (B, V) -> one token a row, (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        ranked, order = probs.sort(-1, descending=True)
+        before = ranked.cumsum(-1) - ranked  # the probability of all likelier tokens
+        probs = torch.zeros_like(probs).scatter(1, order, ranked.masked_fill(before >= top_p, 0))
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+# %% 3. Checkpoints: the released layout -----------------------------------------------------
+# One tensor differs: a file has every expert's matrices apart, we stack them for the grouped GEMM.
+EXPERT = regex.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+def released_tensors(model: DeepSeek) -> dict[str, Tensor]:
+    """The weights under their released names, experts apart; views, not copies."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            found[name] = tensor
+            continue
+        prefix, _, which = name.rpartition(".")
+        for expert, stacked in enumerate(tensor.unbind()):
+            parts = stacked.chunk(2) if which == "gate_up_proj" else (stacked,)  # gate first
+            names = ("gate_proj", "up_proj") if which == "gate_up_proj" else ("down_proj",)
+            for part, short in zip(parts, names, strict=True):
+                found[f"{prefix}.{expert}.{short}.weight"] = part
+    return found
+
+
+def save_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """`path` holds its old contents or all of the new ones, also when the disk fills up."""
+    fresh = path.with_name(path.name + ".tmp")
+    try:
+        write(fresh)
+        os.replace(fresh, path)
+    except SafetensorError as error:  # a full disk, in the words of safetensors
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def read_config(folder: Path) -> DeepSeekConfig:
+    path = folder / "config.json"
+    try:
+        return DeepSeekConfig.from_dict(json.loads(path.read_text("utf-8")))
+    except (OSError, json.JSONDecodeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+# %% 4. The tokenizer: byte-level BPE from scratch -------------------------------------------
+# A chunk is what a token may never cross. The first alternative is for code: a line's end and the
+# indentation behind it are one chunk, so before long they are one token.
+CHUNKS = (
+    r"""\s*[\r\n]+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+)
+END = "<|endoftext|>"  # before every document: the first thing a model sees, and where it stops
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> list[bytes]:
+    """The tokens of byte pair encoding (arXiv:1508.07909), in the order of their ids, bytes first.
+
+    Again and again the most frequent pair of neighbours becomes a token; of equals, the one with
+    the smaller ids. Only words that hold the pair are touched; a heap knows which pair leads.
+    """
+    chunks = Counter()
+    for text in texts:
+        chunks.update(regex.findall(CHUNKS, text))
+    words, copies = [list(chunk.encode()) for chunk in chunks], list(chunks.values())
+    tokens = [bytes([byte]) for byte in range(256)]
+    count, found_in = Counter(), defaultdict(set)  # pair -> how often; in which words
+    for w, word in enumerate(words):
+        for pair in zip(word, word[1:], strict=False):
+            count[pair] += copies[w]
+            found_in[pair].add(w)
+    heap = [(-n, pair) for pair, n in count.items()]
+    heapq.heapify(heap)
+    while heap and len(tokens) < vocab_size:
+        negative, pair = heapq.heappop(heap)
+        if -negative != count[pair]:  # its count fell since it was pushed
+            if count[pair] > 0:
+                heapq.heappush(heap, (-count[pair], pair))
+            continue
+        changes = Counter()
+        for w in found_in.pop(pair):
+            merged = merge(words[w], pair, len(tokens))
+            for old in zip(words[w], words[w][1:], strict=False):
+                changes[old] -= copies[w]
+            for new in zip(merged, merged[1:], strict=False):
+                changes[new] += copies[w]
+                found_in[new].add(w)
+            words[w] = merged
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        for other, change in changes.items():
+            count[other] += change
+            if change > 0:
+                heapq.heappush(heap, (-count[other], other))
+    return tokens
+
+
+def merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """[1, 2, 1, 2, 3], (1, 2), 9 -> [9, 9, 3]"""
+    merged, i = [], 0
+    while i < len(word):
+        hit = word[i] == pair[0] and i + 1 < len(word) and word[i + 1] == pair[1]
+        merged.append(new if hit else word[i])
+        i += 2 if hit else 1
+    return merged
+
+
+def encoding_of(tokens: list[bytes]) -> tiktoken.Encoding:
+    """A tiktoken.Encoding of these tokens, and END behind them."""
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    special = {END: len(tokens)}
+    return tiktoken.Encoding("bpe", pat_str=CHUNKS, mergeable_ranks=ranks, special_tokens=special)
+
+
+def save_encoding(encoding: tiktoken.Encoding, path: Path) -> None:
+    """One JSON file with all that load_encoding needs."""
+    ends = encoding.encode_single_token(END)
+    tokens = [base64.b64encode(t).decode() for t in encoding.token_byte_values()]
+    ranks = {t: encoding.encode_single_token(base64.b64decode(t)) for t in tokens}
+    raw = {"pat_str": encoding._pat_str, "special_tokens": {END: ends}, "mergeable_ranks": ranks}
+    save_whole(path, lambda fresh: fresh.write_text(json.dumps(raw)))
+
+
+def load_encoding(path: Path) -> tiktoken.Encoding:
+    try:
+        raw = json.loads(path.read_text())
+        ranks = {base64.b64decode(t): rank for t, rank in raw.pop("mergeable_ranks").items()}
+        return tiktoken.Encoding(path.stem, mergeable_ranks=ranks, **raw)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no tokenizer of ours: {error}") from None
+
+
+def encode_bytes(encoding: tiktoken.Encoding, data: bytes) -> list[int]:
+    """Tokens whose decode_bytes is exactly `data`: what is no UTF-8 goes byte by byte."""
+    tokens = []
+    while data:
+        try:
+            text, bad, rest = data.decode(), b"", b""
+        except UnicodeDecodeError as error:
+            text = data[: error.start].decode()
+            bad, rest = data[error.start : error.end], data[error.end :]
+        tokens += encoding.encode_ordinary(text)
+        tokens += [encoding.encode_single_token(bytes([byte])) for byte in bad]
+        data = rest
+    return tokens
+
+
+# %% 5. The data: text that every machine has ------------------------------------------------
+# Left out of the standard library: tests and demos (three times the rest), tables of characters,
+# and site-packages, which is not part of it.
+NOT_LIBRARY = {"test", "tests", "idlelib", "idle_test", "lib2to3", "encodings", "site-packages"}
+NOT_LIBRARY |= {"dist-packages", "ensurepip", "turtledemo", "pydoc_data", "__pycache__"}
+SUFFIXES = {".txt", ".md", ".py", ".jsonl"}
+HELD_OUT_SHARE, HELD_OUT_LIMIT = 1 / 20, 2_000_000  # of the bytes; bytes
+
+
+def library_files(packages: bool) -> list[Path]:
+    """The .py files of Python's standard library; with `packages` also all that is installed."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    kept = [p for p in root.rglob("*.py") if not NOT_LIBRARY & set(p.relative_to(root).parts)]
+    if packages:
+        kept += Path(sysconfig.get_paths()["purelib"]).rglob("*.py")
+    return sorted(kept)
+
+
+def read_documents(source: Path | None, packages: bool = False) -> list[bytes]:
+    """Documents, each content once: of a file or folder of .txt, .md, .py, .jsonl ("text" fields).
+
+    source None: the standard library. Few long documents (a book) are cut at line ends, so that
+    whole ones can be held out.
+    """
+    if source is None:
+        files = library_files(packages)
+    elif source.is_dir():
+        files = sorted(p for p in source.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    elif source.is_file():
+        files = [source]
+    else:
+        raise ValueError(f"--data {source}: no such file or folder")
+    documents = []
+    for file in files:
+        raw = file.read_bytes()
+        documents += [raw] if file.suffix != ".jsonl" else jsonl_texts(file, raw)
+    if len(documents) < 40:
+        size = max(2048, sum(map(len, documents)) // 80)
+        documents = [piece for document in documents for piece in cut(document, size)]
+    documents = list(dict.fromkeys(d for d in documents if d))  # drops repeats, keeps the order
+    if len(documents) < 2:
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise ValueError(f"--data {source}: no text to train on (want {kinds}, over 4 KB in all)")
+    return documents
+
+
+def jsonl_texts(file: Path, raw: bytes) -> Iterator[bytes]:
+    for number, line in enumerate(raw.splitlines(), start=1):
+        try:
+            yield json.loads(line)["text"].encode()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f'{file}, line {number}: want {{"text": "…"}}') from None
+
+
+def cut(document: bytes, size: int) -> Iterator[bytes]:
+    """Pieces of at least `size` bytes, each up to the end of a line."""
+    while document:
+        end = document.find(b"\n", size) + 1 or len(document)
+        yield document[:end]
+        document = document[end:]
+
+
+def split_documents(documents: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """Train and held-out, by content: the held-out ones are first in the order of their hashes."""
+    ranked = sorted(documents, key=lambda document: hashlib.sha256(document).digest())
+    want = min(HELD_OUT_SHARE * sum(map(len, documents)), HELD_OUT_LIMIT)
+    held_out = []
+    while sum(map(len, held_out)) < want:
+        held_out.append(ranked.pop(0))
+    return ranked, held_out
+
+
+@dataclass
+class Corpus:
+    """Token streams, END before every document, and what they were made of."""
+
+    encoding: tiktoken.Encoding
+    train: np.ndarray  # uint16, or uint32 for a large vocabulary; memory-mapped
+    held_out: np.ndarray
+    held_out_bytes: int
+    rivals: dict[str, float]  # bits per byte of the held-out documents
+    folder: Path
+
+
+def prepare(documents: list[bytes], vocabulary: int | str, cache: Path) -> Corpus:
+    """Tokenizer, token files and compressors' results, kept under `cache` for the same documents.
+
+    vocabulary: the size of a tokenizer trained here on the training part, or the name of one of
+    tiktoken's encodings (its vocabulary is fetched from the network by tiktoken, if not cached).
+    """
+    digest = hashlib.sha256(f"{vocabulary} {CHUNKS} {HELD_OUT_SHARE} {HELD_OUT_LIMIT}".encode())
+    for document in documents:
+        digest.update(hashlib.sha256(document).digest())
+    folder = cache / f"data-{digest.hexdigest()[:12]}"
+    train, held_out = split_documents(documents)
+    if not (folder / "rivals.json").exists():  # written last
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(vocabulary, int):
+            texts = (document.decode("utf-8", "replace") for document in train)
+            encoding = encoding_of(train_bpe(texts, vocabulary - 1))
+        else:
+            encoding = named_encoding(vocabulary)
+        save_encoding(encoding, folder / "encoding.json")
+        for name, part in ("train", train), ("held_out", held_out):
+            save_whole(folder / name, lambda path, part=part: write_tokens(encoding, part, path))
+        rivals = json.dumps(compressors(b"".join(train), b"".join(held_out)))
+        save_whole(folder / "rivals.json", lambda path: path.write_text(rivals))
+    encoding = load_encoding(folder / "encoding.json")
+    dtype = token_dtype(encoding)
+    return Corpus(
+        encoding,
+        *(np.memmap(folder / name, dtype, "r") for name in ("train", "held_out")),
+        sum(map(len, held_out)),
+        json.loads((folder / "rivals.json").read_text()),
+        folder,
+    )
+
+
+def token_dtype(encoding: tiktoken.Encoding) -> type:
+    return np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
+
+
+def write_tokens(encoding: tiktoken.Encoding, documents: list[bytes], path: Path) -> None:
+    end = encoding.encode_single_token(END)
+    with path.open("wb") as file:
+        for document in documents:
+            np.array([end, *encode_bytes(encoding, document)], token_dtype(encoding)).tofile(file)
+
+
+def named_encoding(name: str) -> tiktoken.Encoding:
+    try:
+        encoding = tiktoken.get_encoding(name)
+        encoding.encode_single_token(END)
+        return encoding
+    except ValueError as error:
+        raise ValueError(f"--encoding {name}: {error}") from None
+    except KeyError:
+        raise ValueError(f"--encoding {name} has no {END}") from None
+    except Exception as error:  # whatever the network library raises
+        raise ValueError(f"--encoding {name} can't be had: {type(error).__name__}") from None
+
+
+def compressors(train: bytes, held_out: bytes) -> dict[str, float]:
+    """Bits per byte of the held-out text; the last one has read the training text first."""
+    bits = 8 / len(held_out)
+    xz = lambda data: len(lzma.compress(data, preset=9))
+    seen = train[-60_000_000:]  # what fits into the window of xz -9
+    return {
+        "gzip": bits * len(gzip.compress(held_out, 9)),
+        "xz": bits * xz(held_out),
+        "xz_given_training": bits * (xz(seen + held_out) - xz(seen)),
+    }
+
+
+# %% 6. Training -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: one learning rate cycle over `steps` (or over --minutes)."""
+
+    steps: int
+    context: int  # tokens of a sequence
+    batch_size: int  # sequences of a forward pass
+    accumulate: int = 1  # passes of a step
+    learning_rate: float = 2.2e-4
+    warmup: float = 0.02  # share of the run; then constant, then a cosine down to `final`
+    decay: float = 0.5  # share of the run
+    final: float = 0.1  # of learning_rate
+    weight_decay: float = 0.1  # of matrices
+    bias_update_speed: float = 0.001  # γ; falls with the learning rate
+    balance_alpha: float = 1e-4
+
+    def scale(self, done: float) -> float:
+        """The learning rate's factor when a share `done` of the run lies behind."""
+        if done < self.warmup:
+            return max(done, 1e-3) / self.warmup
+        left = min((1 - done) / self.decay, 1.0)  # 1 until the decay begins
+        return self.final + (1 - self.final) * (1 - math.cos(math.pi * left)) / 2
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """bf16 where the hardware multiplies it; a CPU without the instruction is slower with it."""
+    if device.type == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16", False):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def batches(tokens: np.ndarray, recipe: Recipe, seed: int, skip: int) -> Iterator[Tensor]:
+    """(batch_size, context + 1) int64, the same for the same seed; the first `skip` are left out.
+
+    Every epoch cuts the stream at another offset and shuffles the windows.
+    """
+    windows = (len(tokens) - 1) // recipe.context - 1
+    if windows < recipe.batch_size:
+        raise ValueError(
+            f"the training text has {len(tokens)} tokens, a batch needs "
+            f"{(recipe.batch_size + 1) * recipe.context + 1}"
+        )
+    per_epoch = windows // recipe.batch_size
+    for number in itertools.count(skip):
+        epoch, place = divmod(number, per_epoch)
+        if place == 0 or number == skip:
+            rng = np.random.default_rng((seed, epoch))
+            offset, order = rng.integers(recipe.context), rng.permutation(windows)
+        chosen = order[place * recipe.batch_size :][: recipe.batch_size] * recipe.context + offset
+        rows = [tokens[start : start + recipe.context + 1].astype(np.int64) for start in chosen]
+        yield torch.from_numpy(np.stack(rows))
+
+
+def make_optimizer(model: DeepSeek, recipe: Recipe) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}]
+    groups += [{"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, recipe.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def training_step(model: DeepSeek, optimizer, recipe: Recipe, rows: list[Tensor], scale: float):
+    """One update from `accumulate` batches (B, T + 1) -> mean loss (nats), loads (layers, E)."""
+    device, mixtures = model.lm_head.weight.device, model.mixtures()
+    total, loads = 0.0, 0
+    for part in rows:
+        part = part.to(device, non_blocking=True)
+        with autocast(device):
+            loss = model.loss(part[:, :-1], part[:, 1:])
+            balance = sum(m.balance_loss for m in mixtures)
+        ((loss + recipe.balance_alpha * balance) / len(rows)).backward()
+        total = total + loss.detach() / len(rows)
+        loads = loads + torch.stack([m.load for m in mixtures]) if mixtures else None
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.learning_rate * scale
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    for mixture, load in zip(mixtures, loads if mixtures else (), strict=True):
+        if mixture.gate.e_score_correction_bias is not None:
+            mixture.gate.update_bias(load, recipe.bias_update_speed * scale)
+    return total, loads
+
+
+@torch.no_grad()
+def evaluate(model: DeepSeek, tokens: np.ndarray, context: int, stride: int, rows: int = 8):
+    """Σ −ln p of tokens[1:], each predicted once, and the load (layers, E) it put on the experts.
+
+    Windows of `context` tokens, `stride` apart: all but the first `stride` tokens of the text have
+    at least context − stride before them.
+    """
+    model.eval()
+    device, nats, loads = model.lm_head.weight.device, 0.0, 0
+    starts = range(0, max(len(tokens) - 1 - (context - stride), 1), stride)
+    full = [start for start in starts if start + context < len(tokens)]
+    groups = [full[i : i + rows] for i in range(0, len(full), rows)]
+    for group in groups + [[start] for start in starts[len(full) :]]:
+        windows = np.stack([tokens[s : s + context + 1] for s in group]).astype(np.int64)
+        part = torch.from_numpy(windows).to(device)
+        labels = part[:, 1:].clone()
+        if group[0] > 0:
+            labels[:, : context - stride] = -100  # the window before has predicted them
+        else:
+            labels[1:, : context - stride] = -100
+        with autocast(device):
+            loss = model.loss(part[:, :-1], labels)
+        nats += loss.item() * int((labels != -100).sum())
+        if mixtures := model.mixtures():
+            loads = loads + torch.stack([m.load for m in mixtures])
+    model.train()
+    return nats, loads
+
+
+class Run:
+    """The folder of one training run: run.json, metrics.jsonl, checkpoint/, curves.png."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.checkpoint = folder, folder / "checkpoint"
+
+    def log(self, **metrics) -> None:
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def metrics(self) -> list[dict]:
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of steps that no checkpoint has kept."""
+        kept = [json.dumps(entry) + "\n" for entry in self.metrics() if entry["step"] <= step]
+        save_whole(self.folder / "metrics.jsonl", lambda path: path.write_text("".join(kept)))
+
+    def save(self, model: DeepSeek, optimizer, encoding: tiktoken.Encoding, state: dict) -> None:
+        """checkpoint/ is the model as save_pretrained writes it, its tokenizer, and training/.
+
+        Written whole beside the last one, which it then replaces: a kill costs at most the new one.
+        """
+        fresh, old = self.folder / "checkpoint.tmp", self.folder / "checkpoint.old"
+        shutil.rmtree(fresh, ignore_errors=True)
+        model.save_pretrained(fresh)
+        save_encoding(encoding, fresh / "encoding.json")
+        (fresh / "training").mkdir()
+        names = {id(p): name for name, p in model.named_parameters()}
+        moments = {
+            f"{names[id(parameter)]}:{key}": value.detach().cpu()
+            for parameter, values in optimizer.state.items()
+            for key, value in values.items()
+        }
+        save_whole(fresh / "training/optimizer.safetensors", lambda path: save_file(moments, path))
+        (fresh / "training/state.json").write_text(json.dumps(state))
+        if self.checkpoint.exists():
+            os.replace(self.checkpoint, old)
+        os.replace(fresh, self.checkpoint)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def restore(self, model: DeepSeek, optimizer) -> dict:
+        """Weights and moments into place -> the state that was saved beside them."""
+        if not self.checkpoint.exists() and (self.folder / "checkpoint.old").exists():
+            os.replace(self.folder / "checkpoint.old", self.checkpoint)  # killed between renames
+        saved = DeepSeek.from_pretrained(self.checkpoint)
+        if saved.config != model.config:
+            raise ValueError(f"{self.checkpoint} holds a model of another config")
+        model.load_state_dict(saved.state_dict())
+        try:
+            moments = load_file(self.checkpoint / "training/optimizer.safetensors")
+            state = json.loads((self.checkpoint / "training/state.json").read_text())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{self.checkpoint} can't be resumed: {error}") from None
+        for name, parameter in model.named_parameters():
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{key}" in moments]
+            if keys:
+                optimizer.state[parameter] = {
+                    key: moments[f"{name}:{key}"].to(parameter.device) for key in keys
+                }
+        return state
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[list]:
+    """A list that Ctrl-C fills, so that no step is cut in two; a second Ctrl-C kills as ever."""
+    seen = []
+
+    def note(number, frame):
+        seen.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def train(
+    model: DeepSeek, corpus: Corpus, recipe: Recipe, folder: Path, seed: int = 0,
+    minutes: float | None = None, resume: bool = False, reports: int = 8,
+) -> dict:  # fmt: skip
+    """Train in place, logging into `folder` -> {"step", "seconds", "tokens"}.
+
+    minutes: run the same schedule over so much training time instead of recipe.steps. Ctrl-C ends
+    the step, saves, and raises KeyboardInterrupt; resume=True goes on as if nothing had happened.
+    """
+    run, optimizer = Run(folder), make_optimizer(model, recipe)
+    state = {"step": 0, "seconds": 0.0}
+    if resume:
+        state = run.restore(model, optimizer)
+        run.forget_after(state["step"])
+    rows = batches(corpus.train, recipe, seed, state["step"] * recipe.accumulate)
+    per_step = recipe.batch_size * recipe.context * recipe.accumulate
+    share = lambda: state["seconds"] / 60 / minutes if minutes else state["step"] / recipe.steps
+    # a slice of the held-out text for the curve; all of it is read once, at the end
+    probe = corpus.held_out[: 32 * recipe.context + 1]
+    model.train()
+    reported = int(share() * reports)
+    total = None if minutes else recipe.steps
+    progress = tqdm(total=total, initial=state["step"], unit="step", dynamic_ncols=True)
+    with progress as bar, interrupts() as interrupted:
+        while share() < 1 and not interrupted:
+            begin, scale = time.perf_counter(), recipe.scale(share())
+            parts = [next(rows) for _ in range(recipe.accumulate)]
+            loss, loads = training_step(model, optimizer, recipe, parts, scale)
+            loss = loss.item()  # waits for the device
+            if not math.isfinite(loss):
+                raise ValueError(f"loss {loss} at step {state['step'] + 1}: lower learning_rate")
+            state["step"] += 1
+            state["seconds"] += time.perf_counter() - begin
+            entry = {"step": state["step"], "loss": loss, "seconds": state["seconds"]}
+            if loads is not None:
+                entry["max_violation"] = moe.max_violation(loads).tolist()
+            speed = per_step * state["step"] / state["seconds"]
+            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            bar.update()
+            due = int(share() * reports) > reported
+            if due:
+                reported = int(share() * reports)
+                nats, _ = evaluate(model, probe, recipe.context, recipe.context)
+                entry["held_out_loss"] = nats / (len(probe) - 1)
+            run.log(**entry)
+            if due or interrupted:
+                run.save(model, optimizer, corpus.encoding, state)
+    if interrupted:
+        raise KeyboardInterrupt
+    return state | {"tokens": state["step"] * per_step}
+
+
+# %% 7. The receipt: what came out, beside what else compresses ------------------------------
+
+
+def check(name: str, got: Tensor, want: Tensor, tol: float) -> None:
+    """Print the worst absolute error beside its tolerance; stop the chapter if it is over."""
+    if got.shape != want.shape:  # broadcasting would hide the difference
+        raise SystemExit(
+            f"check    {name}: got {tuple(got.shape)}, want {tuple(want.shape)}   WRONG"
+        )
+    error = (got.double() - want.double()).abs().max().item()
+    ok = error <= tol  # False for NaN too
+    print(f"check    {name:<44} error {error:.1e}   tol {tol:.0e}   {'ok' if ok else 'WRONG'}")
+    if not ok:
+        raise SystemExit(1)
+
+
+def measure(name: str, value: float, text: str = "") -> None:
+    """Print one measured number: identifier, value, free text (unit, rival, paper's value)."""
+    print(f"measure  {name:<44} {value:.5g} {text}".rstrip())
+
+
+def verify_sizes() -> None:
+    """The released models, instantiated without memory: their parameters, to the unit."""
+    for name, want in ("v2-lite", 15_706_484_224), ("v3", 671_026_419_200):
+        with torch.device("meta"):
+            model = DeepSeek(PRESETS[name][0])
+        got = sum(tensor.numel() for tensor in model.state_dict().values())
+        want = torch.tensor(want)  # as in the checkpoints, the routers' biases included
+        check(f"parameters of {name} = {want:,}", torch.tensor(got), want, 0)
+
+
+@torch.no_grad()
+def verify_model(model: DeepSeek, tokens: Tensor) -> None:
+    """tokens: (2, T). The loss that never holds the logits; decoding through the caches."""
+    model.eval()
+    logits = model(tokens[:, :-1])  # (2, T − 1, V)
+    want = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+    check("loss by slices = cross_entropy of the logits", loss, want, 1e-5)  # fp32, nats of ~5
+    caches = model.new_caches(2, tokens.shape[1])
+    sizes = [8, *[1] * (tokens.shape[1] - 9)]
+    parts = [model(part, caches) for part in tokens[:, :-1].split(sizes, dim=1)]
+    check("prefill + cached decode = one pass", torch.cat(parts, 1), logits, 1e-3)  # fp32, of ~20
+
+
+def report(model: DeepSeek, corpus: Corpus, recipe: Recipe, run: Run, trained: dict) -> None:
+    """All the measures of a finished run, its figure, and a few lines that it wrote."""
+    begin = time.perf_counter()
+    stride = recipe.context // 2
+    nats, loads = evaluate(model, corpus.held_out, recipe.context, stride)
+    bits = nats / math.log(2) / corpus.held_out_bytes
+    seconds = time.perf_counter() - begin
+    measure("heldout_bits_per_byte", bits, f"bit/byte over all {corpus.held_out_bytes:,} bytes")
+    for name, value in corpus.rivals.items():
+        measure(f"{name}_bits_per_byte", value, "bit/byte, same bytes")
+    measure("tokens_per_second", trained["tokens"] / trained["seconds"], "training, one pass each")
+    measure("trained_tokens", trained["tokens"], f"of {len(corpus.train):,} in the training text")
+    if model.mixtures():
+        worst = moe.max_violation(loads).max().item()
+        measure("max_violation", worst, "held-out text, worst layer, last weights")
+    measure("evaluation_seconds", seconds, f"s, every token with at least {stride} before it")
+    draw(run, corpus, bits)
+    print(f"figure   {run.folder / 'curves.png'}")
+    prompt = "def "
+    tokens = [corpus.encoding.encode_single_token(END), *corpus.encoding.encode(prompt)]
+    end = model.config.eos_token_id
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(0)
+    [written] = model.generate([tokens], 120, 0.7, 0.95, end, generator)
+    print(f"sample   (T = 0.7, top-p 0.95)\n{prompt}{corpus.encoding.decode(written)}")
+
+
+def draw(run: Run, corpus: Corpus, bits: float) -> None:
+    """Loss and expert load over the steps, from metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    metrics = run.metrics()
+    steps = np.array([entry["step"] for entry in metrics])
+    per_token = len(corpus.held_out) / corpus.held_out_bytes / math.log(2)  # nats -> bits a byte
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    loss = np.array([entry["loss"] for entry in metrics]) * per_token
+    width = max(1, len(loss) // 50)
+    smooth = np.convolve(loss, np.ones(width) / width, "valid")
+    left.plot(steps, loss, color="tab:blue", alpha=0.2, lw=0.6)
+    left.plot(steps[width - 1 :], smooth, color="tab:blue", label="training batch, smoothed")
+    probed = [(e["step"], e["held_out_loss"] * per_token) for e in metrics if "held_out_loss" in e]
+    left.plot(*np.array(probed).T, "o-", color="tab:orange", label="held-out text, a slice of it")
+    left.plot(steps[-1], bits, "*", ms=13, color="tab:red", label=f"held-out text, all: {bits:.2f}")
+    names = {"xz": "xz -9", "xz_given_training": "xz -9 that has read the training text"}
+    for key, name in names.items():
+        value = corpus.rivals[key]
+        left.axhline(value, ls="--", lw=0.8, color="gray")
+        left.annotate(f"{name}: {value:.2f}", (steps[0], value), va="bottom", color="gray")
+    left.set(xlabel="step", ylabel="bits per byte", ylim=(1.2, 4))
+    left.set_title(f"Unseen text takes {bits:.2f} bits a byte; xz needs {corpus.rivals['xz']:.2f}")
+    left.legend()
+    if "max_violation" in metrics[0]:
+        violations = np.array([entry["max_violation"] for entry in metrics])  # (steps, layers)
+        for layer, line in enumerate(violations.T):
+            kept = np.convolve(line, np.ones(width) / width, "valid")
+            right.plot(steps[width - 1 :], kept, label=f"mixture {layer + 1}")
+        right.set(xlabel="step", ylabel="MaxVio of the batch", ylim=(0, None))
+        right.set_title("The bias keeps the experts' load even")
+        right.legend()
+    figure.savefig(run.folder / "curves.png", dpi=120)
+    plt.close(figure)
+
+
+# %% 8. How fast? ----------------------------------------------------------------------------
+
+
+def bench(model: DeepSeek, recipe: Recipe, seed: int) -> None:
+    """A training step with our pieces, and with what torch offers in their place, interleaved."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = recipe.batch_size, recipe.context + 1
+    rows = [torch.randint(model.config.vocab_size, shape, generator=generator)]
+    optimizer = make_optimizer(model, recipe)
+
+    def plain_loss(tokens: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
+
+    def step(attention: Callable, loss: Callable) -> float:
+        for block in model.model.layers:
+            block.self_attn.attention = attention
+        model.loss = loss
+        begin = time.perf_counter()
+        total, _ = training_step(model, optimizer, recipe, rows, 1.0)
+        total.item()
+        return time.perf_counter() - begin
+
+    ours, sliced = cpu_or_gpu_attention, model.loss
+    variants = {
+        "ours": (ours, sliced),
+        "sdpa": (mla.padded_attention, sliced),
+        "logits": (ours, plain_loss),
+    }
+    model.train()
+    times = {name: [] for name in variants}
+    for _ in range(10):
+        for name, variant in variants.items():
+            times[name].append(step(*variant))
+    del model.loss
+    medians = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}  # [0]: warm
+    for name, text in ("ours", ""), ("sdpa", "attention by SDPA"), ("logits", "whole logits"):
+        speed = recipe.batch_size * recipe.context / medians[name]
+        ratio = f"{medians[name] / medians['ours']:.2f}x the time   {text}" if text else ""
+        measure(f"step_{name}_tokens_per_second", speed, ratio)
+
+
+# %% Exercises -------------------------------------------------------------------------------
+# 1. Break it: …
+
+V3_YARN = {
+    "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
+    "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
+V2_LITE = DeepSeekConfig(
+    vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408,
+    num_hidden_layers=27, first_k_dense_replace=1, num_attention_heads=16, q_lora_rank=None,
+    n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6, n_group=1, topk_group=1,
+    topk_method="greedy", scoring_func="softmax", norm_topk_prob=False, routed_scaling_factor=1.0,
+    rope_scaling={**V3_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    max_position_embeddings=163840, bos_token_id=100000, eos_token_id=100001,
+)  # fmt: skip
+NANO = DeepSeekConfig(
+    vocab_size=4096, hidden_size=256, intermediate_size=512, moe_intermediate_size=128,
+    num_hidden_layers=4, first_k_dense_replace=1, num_attention_heads=8, q_lora_rank=None,
+    kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=16,
+    num_experts_per_tok=2, n_group=1, topk_group=1, routed_scaling_factor=1.0,
+    initializer_range=0.03, bos_token_id=4095, eos_token_id=4095,
+)  # fmt: skip
+MINI = replace(
+    NANO, vocab_size=16384, hidden_size=512, intermediate_size=1536, moe_intermediate_size=256,
+    num_hidden_layers=8, num_attention_heads=8, q_lora_rank=256, kv_lora_rank=128,
+    qk_nope_head_dim=64, qk_rope_head_dim=32, n_routed_experts=32, num_experts_per_tok=4,
+    bos_token_id=16383, eos_token_id=16383,
+)  # fmt: skip
+SMALL = replace(
+    MINI, vocab_size=32768, hidden_size=1024, intermediate_size=3072, moe_intermediate_size=512,
+    num_hidden_layers=16, num_attention_heads=16, q_lora_rank=512, kv_lora_rank=256,
+    n_routed_experts=64, num_experts_per_tok=6, n_group=8, topk_group=4,
+    routed_scaling_factor=2.5, initializer_range=0.015, bos_token_id=32767, eos_token_id=32767,
+)  # fmt: skip
+V3 = DeepSeekConfig(
+    rope_scaling=V3_YARN, max_position_embeddings=163840, num_nextn_predict_layers=1
+)  # fmt: skip
+PRESETS = {
+    "nano": (NANO, Recipe(steps=900, context=512, batch_size=4, learning_rate=3e-3)),
+    "mini": (MINI, Recipe(steps=4000, context=1024, batch_size=16, learning_rate=1.5e-3)),
+    "small": (SMALL, Recipe(40_000, 2048, batch_size=16, accumulate=2, learning_rate=6e-4)),
+    "v2-lite": (V2_LITE, None),  # trained on clusters: here for their sizes
+    "v3": (V3, None),
+}
+QUICK = replace(
+    NANO, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=2,
+    vocab_size=512, n_routed_experts=8, kv_lora_rank=32, bos_token_id=511, eos_token_id=511,
+)  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    trainable = [name for name, (_, recipe) in PRESETS.items() if recipe]
+    add = cli.add_argument
+    add("--preset", choices=trainable, default="nano", help="size of the model (%(default)s)")
+    add("--data", type=Path, help="a file or folder of .txt, .md, .py, .jsonl (Python's library)")
+    add("--encoding", help="a named encoding of tiktoken instead of a tokenizer trained here")
+    add("--steps", type=int, help="instead of the preset's")
+    add("--minutes", type=float, help="train for so long instead of a number of steps")
+    add("--resume", type=Path, metavar="RUN", help="go on in the folder of a run that was stopped")
+    add("--quick", action="store_true", help="a tiny model and 30 steps: does everything work?")
+    add("--device", default=default, help="cpu, cuda, cuda:1, … (%(default)s)")
+    add("--seed", type=int, default=0, help="of weights and data order (%(default)s)")
+    add("--bench", action="store_true", help="only time a training step, against torch's own parts")
+    add("--out", type=Path, default=Path("runs"), help="folder of the runs (%(default)s/)")
+    args = cli.parse_args()
+    for name in ("steps", "minutes"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            cli.error(f"--{name} must be positive, got {value}")
+    return args
+
+
+def begin_run(args: argparse.Namespace, config: DeepSeekConfig, recipe: Recipe, corpus) -> Run:
+    """A folder that is not there yet, with run.json: what it takes to make this run again."""
+    stem = "quick" if args.quick else args.preset
+    names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+    folder = next(args.out / name for name in names if not (args.out / name).exists())
+    folder.mkdir(parents=True)
+    entry = {
+        "command": shlex.join(["python", "06_train.py", *sys.argv[1:]]),
+        "commit": commit(),
+        "versions": {
+            "python": platform.python_version(),
+            **{p: importlib.metadata.version(p) for p in ("torch", "numpy", "tiktoken")},
+        },
+        "device": args.device,
+        "seed": args.seed,
+        "minutes": args.minutes,
+        "data": None if args.data is None else str(args.data),
+        "data_digest": corpus.folder.name,
+        "encoding": args.encoding,
+        "config": asdict(config),
+        "recipe": asdict(recipe),
+    }
+    (folder / "run.json").write_text(json.dumps(entry, indent=1) + "\n")
+    return Run(folder)
+
+
+def commit() -> str | None:
+    """Of the repository this file lies in, if git can tell."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.stdout.strip() or None
+
+
+def lesson(args: argparse.Namespace) -> None:
+    config, recipe = PRESETS[args.preset]
+    if args.quick:
+        config, recipe = QUICK, Recipe(30, context=64, batch_size=8, learning_rate=3e-3)
+    if args.resume:
+        try:
+            entry = json.loads((args.resume / "run.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--resume {args.resume} is no folder of a run: {error}") from None
+        config, recipe = DeepSeekConfig(**entry["config"]), Recipe(**entry["recipe"])
+        args.seed, args.minutes, args.encoding = (
+            entry[key] for key in ("seed", "minutes", "encoding")
+        )
+        args.data = None if entry["data"] is None else Path(entry["data"])
+    elif args.steps:
+        recipe = replace(recipe, steps=args.steps)
+    device = torch.device(args.device)
+    torch.zeros(1, device=device).item()
+    torch.manual_seed(args.seed)
+    if args.bench:
+        return bench(DeepSeek(config).to(device), recipe, args.seed)
+
+    begin = time.perf_counter()
+    documents = read_documents(args.data, packages=args.preset in ("mini", "small"))
+    corpus = prepare(documents, args.encoding or config.vocab_size, args.out)
+    config = replace(
+        config,
+        vocab_size=corpus.encoding.n_vocab,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), corpus.encoding.encode_single_token(END)),
+    )
+    measure("data_seconds", time.perf_counter() - begin, f"s, {len(documents):,} documents")
+    model = DeepSeek(config).to(device)
+    rows = torch.from_numpy(corpus.train[:130].astype(np.int64)).view(2, 65).to(device)
+    verify_sizes()
+    verify_model(model, rows)
+    if args.resume:
+        run = Run(args.resume)
+        if entry["data_digest"] != corpus.folder.name:
+            raise ValueError(f"{args.resume} was trained on other text: {entry['data_digest']}")
+    else:
+        next(batches(corpus.train, recipe, args.seed, 0))  # raises if the text is too short
+        run = begin_run(args, config, recipe, corpus)
+    print(f"run      {run.folder}   {sum(p.numel() for p in model.parameters()):,} parameters")
+    try:
+        trained = train(
+            model, corpus, recipe, run.folder, args.seed, args.minutes, bool(args.resume)
+        )
+    except KeyboardInterrupt:
+        print(f"stopped  saved; go on with: python 06_train.py --resume {run.folder}")
+        raise SystemExit(130) from None
+    report(model, corpus, recipe, run, trained)
+
+
+def main() -> None:
+    args = arguments()
+    try:
+        lesson(args)
+    except (ValueError, OSError) as error:
+        print(f"06_train.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
