@@ -31,7 +31,7 @@ between heads shrinks it 16 or 128 times; what V3 does instead is chapter 02.
 
 V3 has no G: its config says num_key_value_heads = 128, and MLA (chapter 02) ignores it.
 
-Run:  python 01_attention.py [--bench]          3 s on one CPU core, 6 s with --bench
+Run:  python 01_attention.py [--bench]          3 s on two CPU cores, 6 s with --bench
 """
 
 import argparse
@@ -297,8 +297,8 @@ def flash_attention(
 
 
 # <<< copy
-# The same tiles for training where there is no GPU kernel. A tile's scores (block × S) are small: it
-# takes all the keys it sees at once, and backward computes them again instead of keeping them.
+# The same tiles for training where there is no GPU kernel. A tile's scores (block × S) are few: it
+# takes all its keys at once, and backward computes the scores again instead of keeping them.
 
 
 # >>> copy: tiled_attention (needs torch)
@@ -457,8 +457,9 @@ def verify_cache(device: torch.device) -> None:
         runs.append(torch.cat([layer(part, cache) for part in x.split(sizes, dim=1)], dim=1))
     want = full.expand(len(runs), -1, -1, -1)
     check("prefill in any split + decode = one pass", torch.stack(runs), want, EXACT)
-    cache = KVCache(2, 42, 2, 16, x.device, x.dtype)
-    layer(x, cache)
+    cache, prompts = KVCache(2, 42, 2, 16, x.device, x.dtype), x.clone()
+    prompts[0, 28:], prompts[1, 4:] = 5.0, 5.0  # padding that would show
+    layer(prompts, cache)
     cache.truncate([28, 4])  # what lies behind is now stale
     new, want = (torch.stack([t[0, 28:33], t[1, 4:9]]) for t in (x, full))  # (2, 5, C)
     check("rows of unequal length = each alone", layer(new, cache), want, EXACT)

@@ -364,7 +364,7 @@ def test_truncate_leaves_no_trace(kept):
     drafted, clean = cache_for(layer, 2, 12), cache_for(layer, 2, 12)
     for cache in (drafted, clean):
         layer(x, cache)
-    before = clean.lengths
+    before = drafted.lengths
     layer(torch.full((2, 4, 24), 1e6, dtype=torch.float64), drafted)
     drafted.truncate(before)  # the caller's tensor of lengths must still say 5, 5
     for cache in (drafted, clean):

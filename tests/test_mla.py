@@ -1,0 +1,723 @@
+"""02_mla.py against transformers' DeepseekV3Attention, and against itself in its two forms."""
+
+import copy
+import itertools
+import math
+import warnings
+from importlib import import_module
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+attn = import_module("01_attention")
+mla = import_module("02_mla")
+
+EXACT = 1e-12  # float64: sums of at most a few hundred terms of size 1, each off by 1e-16
+SIZES = dict(
+    hidden_size=24, num_attention_heads=4, kv_lora_rank=16,
+    qk_nope_head_dim=10, qk_rope_head_dim=8, v_head_dim=6,
+)  # fmt: skip
+STRETCH = dict(factor=4.0, original_max_position_embeddings=16, beta_fast=2.0, beta_slow=0.1)
+EQUAL = dict(type="yarn", mscale=1.0, mscale_all_dim=1.0, **STRETCH)
+UNEQUAL = dict(type="yarn", mscale=0.707, mscale_all_dim=1.3, **STRETCH)
+FORMS = pytest.mark.parametrize("absorb", [False, True], ids=["explicit", "absorbed"])
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def assert_close(got, want, tol=EXACT):
+    assert got.shape == want.shape and got.dtype == want.dtype
+    error = (got.double() - want.double()).abs().max().item()
+    assert error <= tol, f"error {error:.2e} > {tol:.0e}"
+
+
+def make(std=0.3, **arguments):
+    """Norm weights are random too: a gain of one could sit anywhere."""
+    arguments = {"rope_theta": 100.0, **SIZES, **arguments}
+    layer = mla.MultiHeadLatentAttention(**arguments).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=std)
+    return layer
+
+
+def inputs(B, T, grad=False):
+    return torch.randn(B, T, 24, dtype=torch.float64, requires_grad=grad)
+
+
+def cache_for(layer, B, room, dtype=torch.float64):
+    return mla.LatentCache(B, room, *layer.latent_split, dtype=dtype)
+
+
+def gradients(layer, x, upstream, **how):
+    """The output and every gradient by name, of a fresh backward."""
+    layer.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    out = layer(x, **how)
+    out.backward(upstream)
+    return out, {"x": x.grad} | {n: p.grad.clone() for n, p in layer.named_parameters()}
+
+
+# transformers -------------------------------------------------------------------------------
+
+
+def theirs(Q, interleaved, yarn, dtype=torch.float64):
+    hf = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
+    rope = {"rope_type": "default"}
+    if yarn:
+        rope = {**yarn, "rope_type": "yarn"}
+        rope.pop("type")
+    config = hf.DeepseekV3Config(
+        **SIZES,
+        num_key_value_heads=4,
+        q_lora_rank=Q,
+        rope_interleave=interleaved,
+        rope_parameters={**rope, "rope_theta": 100.0},
+        max_position_embeddings=64,
+        attn_implementation="sdpa" if dtype is torch.float64 else "eager",
+    )
+    return hf.DeepseekV3Attention(config, layer_idx=0).to(dtype), hf.DeepseekV3RotaryEmbedding(
+        config
+    )
+
+
+CASES = [
+    pytest.param(Q, interleaved, yarn, id=f"{q}-{layout}-{y}")
+    for (Q, q), (interleaved, layout), (yarn, y) in itertools.product(
+        [(None, "q_proj"), (20, "q_lora")],
+        [(True, "interleaved"), (False, "half_split")],
+        [(None, "no_yarn"), (EQUAL, "yarn"), (UNEQUAL, "mscales_differ")],
+    )
+]
+
+
+@FORMS
+@pytest.mark.parametrize("Q, interleaved, yarn", CASES)
+def test_is_deepseek_v3_attention(Q, interleaved, yarn, absorb):
+    """Output and every gradient, at positions up to 4x past the original context of 16."""
+    T = 70
+    rival, rotary = theirs(Q, interleaved, yarn)
+    ours = make(q_lora_rank=Q, rope_interleave=interleaved, rope_scaling=yarn)
+    rival.load_state_dict(ours.state_dict())
+    # Its norms and rotation round to fp32 whatever they get: replaced, the comparison is exact.
+    for name, width in ("q_a_layernorm", Q), ("kv_a_layernorm", 16):
+        if width:
+            norm = nn.RMSNorm(width, eps=1e-6, dtype=torch.float64)
+            norm.weight.data = getattr(rival, name).weight.data
+            setattr(rival, name, norm)
+    angles = torch.outer(torch.arange(T), ours.frequencies.double()).repeat(1, 2)[None]
+    cos, sin = angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
+    future = torch.full((T, T), float("-inf"), dtype=torch.float64).triu(1)[None, None]
+
+    x, upstream = inputs(2, T), inputs(2, T)
+    x2 = x.clone().requires_grad_()
+    got, grads = gradients(ours, x, upstream, absorb=absorb)
+    want, _ = rival(x2, (cos, sin), future)
+    want.backward(upstream)
+    assert_close(got, want)
+    assert_close(grads.pop("x"), x2.grad, 1e-11)  # sums over 70 queries of size up to 100
+    assert len(grads) == (7 if Q else 5)
+    for name, grad in grads.items():
+        assert_close(grad, rival.get_parameter(name).grad, 1e-11)
+
+
+@pytest.mark.parametrize("Q, interleaved, yarn", CASES)
+def test_is_deepseek_v3_attention_untouched_fp32(Q, interleaved, yarn):
+    """The rival with its own norms, frequencies, rotation and eager attention."""
+    T = 70
+    rival, rotary = theirs(Q, interleaved, yarn, torch.float32)
+    ours = make(q_lora_rank=Q, rope_interleave=interleaved, rope_scaling=yarn).float()
+    rival.load_state_dict(ours.state_dict())
+    x = torch.randn(2, T, 24)
+    future = torch.full((T, T), float("-inf")).triu(1)[None, None]
+    cos_sin = rotary(x, torch.arange(T)[None])
+    # 24 bits, through five products; an angle of 70 is off by 4e-6, a logit of size 10 by 4e-5
+    assert_close(ours(x), rival(x, cos_sin, future)[0], 1e-4)
+
+
+@pytest.mark.parametrize("yarn", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
+def test_rotary_constants_are_those_of_transformers(yarn):
+    rival, rotary = theirs(None, True, yarn)
+    ours = make(rope_scaling=yarn)
+    assert ((ours.frequencies / rotary.inv_freq - 1).abs() <= 2**-22).all()  # two fp32 roundings
+    assert ours.amplitude == pytest.approx(rotary.attention_scaling, rel=1e-15)
+    assert ours.scale == pytest.approx(rival.scaling, rel=1e-15)
+
+
+# The two forms ------------------------------------------------------------------------------
+ODD_SIZES = {
+    "the_usual": {},
+    "one_head": dict(num_attention_heads=1),
+    "values_wider_than_keys": dict(v_head_dim=30),
+    "latent_narrower_than_heads": dict(kv_lora_rank=3),
+    "two_rotary_channels": dict(qk_rope_head_dim=2),
+    "no_yarn": dict(rope_scaling=None),
+    "q_lora": dict(q_lora_rank=5),
+}
+
+
+@pytest.mark.parametrize("sizes", ODD_SIZES.values(), ids=ODD_SIZES)
+@pytest.mark.parametrize("T", [1, 2, 33])
+def test_absorbed_is_explicit(sizes, T):
+    layer = make(**{"rope_scaling": UNEQUAL, **sizes})
+    x, upstream = inputs(2, T), inputs(2, T)
+    explicit, want = gradients(layer, x, upstream, absorb=False)
+    absorbed, got = gradients(layer, x, upstream, absorb=True)
+    assert_close(absorbed, explicit)
+    for name in want:
+        assert_close(got[name], want[name], 1e-11)  # weight gradients sum over all tokens
+
+
+@FORMS
+def test_is_the_equations_one_number_at_a_time(absorb):
+    layer, x = make(q_lora_rank=20, rope_scaling=UNEQUAL), inputs(1, 20)
+    want = mla.mla_reference(layer, x[0], SIZES, UNEQUAL)
+    assert_close(layer(x, absorb=absorb)[0], want)
+
+
+@FORMS
+def test_gradcheck(absorb):
+    small = dict(hidden_size=6, num_attention_heads=2, kv_lora_rank=4, q_lora_rank=3)
+    small |= dict(qk_nope_head_dim=3, qk_rope_head_dim=2, v_head_dim=2)
+    layer = make(std=0.7, rope_scaling=UNEQUAL, **small)
+    x = torch.randn(1, 4, 6, dtype=torch.float64, requires_grad=True)
+    names, weights = zip(*layer.named_parameters(), strict=True)
+
+    def call(x, *weights):
+        named = dict(zip(names, weights, strict=True))
+        return functional_call(layer, named, (x,), {"absorb": absorb})
+
+    assert torch.autograd.gradcheck(call, (x, *weights))
+
+
+@FORMS
+def test_the_future_has_no_gradient(absorb):
+    layer, x = make(), inputs(1, 9, grad=True)
+    layer(x, absorb=absorb)[0, 4].sum().backward()
+    assert (x.grad[0, 5:] == 0).all() and (x.grad[0, :5] != 0).all()
+
+
+@FORMS
+@pytest.mark.parametrize("Q", [None, 20], ids=["q_proj", "q_lora"])
+def test_layouts_are_one_after_permuting_rows(Q, absorb):
+    layer, x = make(q_lora_rank=Q, rope_scaling=EQUAL), inputs(2, 30)
+    other = make(q_lora_rank=Q, rope_scaling=EQUAL, rope_interleave=False)
+    other.load_state_dict(layer.state_dict())
+    assert (other(x) - layer(x)).abs().max() > 1e-3  # the layout matters
+    order = attn.half_split_order(8)
+    q_proj = other.q_proj if Q is None else other.q_b_proj
+    for rows in (*q_proj.weight.data.split(18), other.kv_a_proj_with_mqa.weight.data):
+        rows[-8:] = rows[-8:][order]
+    assert_close(other(x, absorb=absorb), layer(x))
+
+
+class Shapes(TorchDispatchMode):
+    """Records the size of every tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.numels = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.numels += [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        return out
+
+
+def test_absorbed_form_makes_no_key_or_value_of_a_head():
+    """Nor the product W_UQ·W_UK: nothing but the weights and the cache is large."""
+    S, H, N, L, R, Q, C = 4000, 8, 16, 32, 4, 500, 24
+    layer = make(
+        num_attention_heads=H, kv_lora_rank=L, qk_nope_head_dim=N, qk_rope_head_dim=R,
+        v_head_dim=N, q_lora_rank=Q, rope_scaling=EQUAL,
+    )  # fmt: skip
+    largest = max(S * (L + R), Q * H * (N + R))  # the cache, a weight
+    assert largest < min(S * H * N, H * Q * L * 2, S * H * (N + R))
+    for absorb, small in (True, True), (None, True), (False, False):
+        cache = cache_for(layer, 1, S)
+        cache.append(torch.randn(1, S - 1, L), torch.randn(1, S - 1, R))
+        with torch.no_grad(), Shapes() as seen:
+            layer(torch.randn(1, 1, C, dtype=torch.float64), cache, absorb)
+        assert (max(seen.numels) <= largest) == small
+        merged = H * Q * L
+        assert not small or merged not in seen.numels
+
+
+# The cache ----------------------------------------------------------------------------------
+
+
+def splits(T):
+    """All 2^(T−1) ways to cut T tokens into consecutive parts."""
+    for cuts in itertools.product([False, True], repeat=T - 1):
+        edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), T]
+        yield [b - a for a, b in itertools.pairwise(edges)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("absorb", [None, True, False], ids=["auto", "absorbed", "explicit"])
+@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half_split"])
+@pytest.mark.parametrize("yarn", [None, UNEQUAL], ids=["no_yarn", "yarn"])
+def test_every_split_is_one_pass(absorb, interleaved, yarn):
+    T, layer = 7, make(rope_interleave=interleaved, rope_scaling=yarn, q_lora_rank=20)
+    x = inputs(2, T)
+    want = layer(x)
+    for sizes in splits(T):
+        cache = cache_for(layer, 2, T)
+        got = torch.cat([layer(part, cache, absorb) for part in x.split(sizes, dim=1)], dim=1)
+        assert_close(got, want)
+        assert cache.lengths.tolist() == [T, T] and cache.used == T
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("absorb", [None, False], ids=["auto", "explicit"])
+def test_decoding_far_past_the_original_context(absorb):
+    layer, x = make(rope_scaling=EQUAL, q_lora_rank=20), inputs(1, 300)
+    cache = cache_for(layer, 1, 300)
+    parts = [layer(part, cache, absorb) for part in x.split([200, 50] + [1] * 50, dim=1)]
+    assert_close(torch.cat(parts, 1), layer(x), 1e-11)  # angles of 300: 1e-13 each
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("absorb", [None, True, False], ids=["auto", "absorbed", "explicit"])
+@pytest.mark.parametrize("lengths", [[1, 7, 4], [6, 2, 2], [7, 7, 7], [0, 3, 1]], ids=str)
+def test_unequal_prompts_are_each_row_alone(lengths, absorb):
+    layer, total = make(rope_scaling=UNEQUAL), 12
+    x = inputs(3, total)
+    prompts = torch.full((3, 7, 24), 5.0, dtype=torch.float64)  # 5.0: padding that would show
+    for row, n in enumerate(lengths):
+        prompts[row, :n] = x[row, :n]
+    cache = cache_for(layer, 3, total)
+    prefill = layer(prompts, cache, absorb)
+    cache.truncate(torch.tensor(lengths))
+    assert cache.used == max(lengths)
+    steps = [
+        [x[row, n + i : n + i + t] for row, n in enumerate(lengths)] for i, t in [(0, 1), (1, 3)]
+    ]
+    got = torch.cat([layer(torch.stack(step), cache, absorb) for step in steps], dim=1)
+    for row, n in enumerate(lengths):
+        alone = layer(x[row : row + 1, : n + 4])[0]
+        assert_close(torch.cat([prefill[row, :n], got[row]]), alone)
+    assert cache.lengths.tolist() == [n + 4 for n in lengths]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [[5, 5], [3, 5], [0, 2], 4, 0], ids=str)
+def test_truncate_leaves_no_trace(kept):
+    """A rejected draft, huge on purpose: the same bits as a cache that never saw it."""
+    layer = make()
+    x, new = inputs(2, 5), inputs(2, 3)
+    drafted, clean = cache_for(layer, 2, 12), cache_for(layer, 2, 12)
+    for cache in (drafted, clean):
+        layer(x, cache)
+    before = drafted.lengths
+    layer(torch.full((2, 4, 24), 1e6, dtype=torch.float64), drafted)
+    drafted.truncate(before)
+    assert drafted.lengths.tolist() == [5, 5]  # so appending left the caller's tensor alone
+    for cache in (drafted, clean):
+        cache.truncate(kept)
+    assert torch.equal(drafted.lengths, clean.lengths) and drafted.used == clean.used
+    assert torch.equal(layer(new, drafted), layer(new, clean))
+    assert torch.equal(drafted.lengths, clean.lengths) and drafted.used == clean.used
+
+
+def test_cache_holds_the_normed_latent_and_the_turned_key_only():
+    layer, x = make(rope_scaling=UNEQUAL), inputs(2, 5)
+    cache = cache_for(layer, 2, 8)
+    layer(x, cache)
+    down = x @ layer.kv_a_proj_with_mqa.weight.T  # (B, T, L + R)
+    latent = down[..., :16] * (down[..., :16].square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    assert_close(cache.entries[:, :5, :16], latent * layer.kv_a_layernorm.weight)
+    m = 0.1 * math.log(4) * torch.tensor([0.707, 1.3]) + 1
+    lengths = down[..., 16:].unflatten(-1, (-1, 2)).norm(dim=-1)  # a turn keeps a pair's length
+    got = cache.entries[:, :5, 16:].unflatten(-1, (-1, 2)).norm(dim=-1)
+    assert_close(got, lengths * (m[0] / m[1]).double(), 1e-6)  # the ratio above is in fp32
+    tensors = [value for value in vars(cache).values() if isinstance(value, torch.Tensor)]
+    assert sum(t.numel() for t in tensors) == 2 * 8 * 24 + 2  # entries, lengths
+
+
+def test_append_returns_a_view_and_does_not_keep_the_callers_lengths():
+    cache = mla.LatentCache(2, 8, 4, 2)
+    entries = cache.append(torch.ones(2, 3, 4), torch.ones(2, 3, 2))
+    assert entries.shape == (2, 3, 6) and entries.data_ptr() == cache.entries.data_ptr()
+    lengths = torch.tensor([1, 2])
+    cache.truncate(lengths)
+    lengths += 5
+    cache.append(torch.ones(2, 1, 4), torch.ones(2, 1, 2))
+    assert cache.lengths.tolist() == [2, 3] and cache.used == 3
+
+
+@FORMS
+def test_gradients_pass_through_a_prefilled_cache(absorb):
+    layer, x, upstream = make(), inputs(2, 6), inputs(2, 6)
+    _, want = gradients(layer, x, upstream)
+    _, got = gradients(layer, x, upstream, cache=cache_for(layer, 2, 8), absorb=absorb)
+    for name in want:
+        assert_close(got[name], want[name])
+
+
+def test_absorbs_below_the_break_even():
+    with torch.device("meta"):
+        v3 = mla.MultiHeadLatentAttention(**mla.V3)
+    assert v3.absorb_below == pytest.approx(512 * 256 / (1024 - 256))  # 170.7 tokens
+    layer, x = make(), inputs(1, 40)
+    assert layer.absorb_below == 16.0
+    assert make(kv_lora_rank=8).absorb_below == math.inf
+    calls = []
+    for form in ("explicit", "absorbed"):
+        method = getattr(layer, form)
+
+        def spy(*args, form=form, method=method):
+            calls.append(form)
+            return method(*args)
+
+        setattr(layer, form, spy)
+    layer(x[:, :5])
+    cache = cache_for(layer, 1, 40)
+    for T in (3, 1, 15, 16):  # an empty cache, then a filled one
+        layer(x[:, :T], cache)
+    assert calls == ["explicit", "explicit", "absorbed", "absorbed", "explicit"]
+
+
+# Numbers worked by hand ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mscale, scale", [(None, 0.0721688), (1.0, 0.1352338), (0.707, 0.1147214)], ids=str
+)
+def test_softmax_scale_of_released_models(mscale, scale):
+    yarn = mscale and dict(type="yarn", factor=40, mscale=mscale, mscale_all_dim=mscale)
+    with torch.device("meta"):
+        layer = mla.MultiHeadLatentAttention(**mla.V2_LITE, rope_scaling=yarn)
+    assert layer.scale == pytest.approx(scale, abs=5e-8) and layer.amplitude == 1.0
+
+
+def test_the_scale_takes_mscale_all_dim_and_the_rotation_the_ratio():
+    layer = make(rope_scaling=dict(factor=40, mscale=0.5, mscale_all_dim=0.8))
+    m = 1 + 0.08 * math.log(40)
+    assert layer.scale == pytest.approx(18**-0.5 * m * m, rel=1e-14)
+    assert layer.amplitude == pytest.approx((1 + 0.05 * math.log(40)) / m, rel=1e-14)
+    bare = make(rope_scaling=dict(factor=40))  # DeepSeek's defaults: mscale 1, mscale_all_dim 0
+    assert bare.scale == 18**-0.5 and bare.amplitude == pytest.approx(1 + 0.1 * math.log(40))
+
+
+def test_yarn_ratios_of_v3():
+    ratio = mla.yarn_frequencies(64, factor=40) / mla.yarn_frequencies(64)
+    want = {0: 1, 10: 1, 11: 0.925, 16: 0.55, 22: 0.1, 23: 0.025, 31: 0.025}
+    for pair, value in want.items():
+        assert ratio[pair].item() == pytest.approx(value, abs=1e-6)
+
+
+def test_without_stretching_it_is_rope():
+    assert torch.equal(mla.yarn_frequencies(64, 500.0), attn.rope_frequencies(64, 500.0))
+    assert torch.equal(make(qk_rope_head_dim=64).frequencies, attn.rope_frequencies(64, 100.0))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    pairs=st.integers(1, 64),
+    theta=st.floats(10, 1e6),
+    factor=st.floats(1, 64),
+    context=st.integers(16, 65536),
+    fast=st.floats(2, 64),
+    slow=st.floats(0.05, 1.5),
+)
+def test_yarn_is_the_reference_pair_by_pair(pairs, theta, factor, context, fast, slow):
+    arguments = (2 * pairs, theta, factor, context, fast, slow)
+    got, want = mla.yarn_frequencies(*arguments).double(), mla.yarn_reference(*arguments)
+    plain = mla.yarn_frequencies(2 * pairs, theta).double()
+    # theta^(−2p/dim) in fp32: rounding the exponent costs ln(theta) · 2^-24, 14 at most
+    assert ((got / want - 1).abs() <= 1e-5).all()
+    assert (got <= plain * (1 + 1e-6)).all() and (got >= plain / factor * (1 - 1e-6)).all()
+
+
+@pytest.mark.parametrize(
+    "sizes, count", [(mla.V3, 187_107_328), (mla.V2_LITE, 13_763_072)], ids=["v3", "v2_lite"]
+)
+def test_parameters_are_named_and_shaped_as_released(sizes, count):
+    with torch.device("meta"):
+        layer = mla.MultiHeadLatentAttention(**sizes)
+    assert sum(p.numel() for p in layer.parameters()) == count
+    shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+    if sizes is mla.V3:
+        want = {
+            "q_a_proj": (1536, 7168), "q_a_layernorm": (1536,), "q_b_proj": (24576, 1536),
+            "kv_a_proj_with_mqa": (576, 7168), "kv_a_layernorm": (512,),
+            "kv_b_proj": (32768, 512), "o_proj": (7168, 16384),
+        }  # fmt: skip
+    else:
+        want = {
+            "q_proj": (3072, 2048), "kv_a_proj_with_mqa": (576, 2048), "kv_a_layernorm": (512,),
+            "kv_b_proj": (4096, 512), "o_proj": (2048, 2048),
+        }  # fmt: skip
+    assert shapes == {f"{name}.weight": shape for name, shape in want.items()}
+
+
+@pytest.mark.parametrize("L, R, numbers", [(512, 64, 576), (32, 8, 40)])
+def test_a_cached_token_is_576_numbers_at_v3s_sizes(L, R, numbers):
+    assert mla.LatentCache(3, 7, L, R).entries.numel() == 3 * 7 * numbers
+
+
+# Widths, devices, seams ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_frequencies_stay_fp32(dtype):
+    layer = mla.MultiHeadLatentAttention(**SIZES, rope_scaling=EQUAL).to(dtype)
+    want = mla.yarn_frequencies(8, **STRETCH)
+    assert layer.o_proj.weight.dtype == dtype
+    assert layer.frequencies.dtype == torch.float32 and torch.equal(layer.frequencies, want)
+    assert torch.equal(copy.deepcopy(layer).frequencies, want)
+    cos, sin = layer.cos_sin(torch.tensor([1000]), dtype)
+    angle = 1000 * want.double()
+    # an fp32 angle of 1000 is off by 2^-15 (half a step of 2^-14); bf16 anywhere would show 2^-9
+    for got, exact in (cos, angle.cos()), (sin, angle.sin()):
+        assert_close(got, exact.float()[None], 2**-14)
+    assert layer(torch.randn(1, 5, 24, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("how", ["to_empty", "assign"])
+def test_frequencies_survive_the_meta_device(how):
+    source = make(rope_scaling=EQUAL).float()
+    with torch.device("meta"):
+        layer = mla.MultiHeadLatentAttention(**SIZES, rope_theta=100.0, rope_scaling=EQUAL)
+        assert layer(torch.randn(1, 5, 24)).is_meta  # shapes only, and then for real
+    if how == "to_empty":
+        layer.to_empty(device="cpu").load_state_dict(source.state_dict())
+    else:
+        layer.load_state_dict(source.state_dict(), assign=True)
+    x = torch.randn(1, 40, 24)
+    assert torch.equal(layer(x), source(x))
+    assert torch.equal(layer.frequencies, source.frequencies)
+
+
+@FORMS
+def test_bf16_layer_is_near_the_float64_layer(absorb):
+    layer = mla.MultiHeadLatentAttention(**SIZES, q_lora_rank=20, rope_scaling=EQUAL)
+    layer = layer.to(torch.bfloat16)
+    exact = copy.deepcopy(layer).double()
+    x = torch.randn(2, 300, 24, dtype=torch.bfloat16)
+    got, want = layer(x, absorb=absorb).double(), exact(x.double())
+    # seven roundings in a row, 2^-9 each, on outputs below 1
+    assert (got - want).abs().max() <= 7 * 2**-9
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("absorb", [None, False], ids=["auto", "explicit"])
+def test_autocast_with_a_cache_of_either_width_and_no_warning(kept, absorb):
+    layer = mla.MultiHeadLatentAttention(**SIZES, q_lora_rank=20, rope_scaling=EQUAL)
+    x = torch.randn(2, 30, 24)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        want = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            whole, cache = layer(x), cache_for(layer, 2, 30, kept)
+            parts = [layer(part, cache, absorb) for part in x.split([20, 5, 1, 1, 1, 1, 1], 1)]
+    assert whole.dtype == torch.bfloat16 and cache.entries.dtype == kept
+    for got in (whole, torch.cat(parts, 1)):
+        assert (got.float() - want).abs().max() <= 8 * 2**-9  # one more for the rounded weights
+
+
+@FORMS
+def test_training_under_autocast_fills_fp32_gradients(absorb):
+    layer = mla.MultiHeadLatentAttention(**SIZES, q_lora_rank=20)
+    x = torch.randn(2, 30, 24)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.autocast("cpu", torch.bfloat16):
+            out = layer(x, absorb=absorb)
+        out.float().square().sum().backward()
+    grads = [p.grad for p in layer.parameters()]
+    assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in grads)
+
+
+@pytest.mark.parametrize("absorb", [None, False], ids=["auto", "explicit"])
+def test_a_bf16_cache_of_an_fp32_layer_costs_its_rounding_only(absorb):
+    layer = mla.MultiHeadLatentAttention(**SIZES, rope_scaling=EQUAL)
+    x, cache = torch.randn(2, 30, 24), cache_for(layer, 2, 30, torch.bfloat16)
+    with torch.no_grad():
+        parts = [layer(part, cache, absorb) for part in x.split([20, 9, 1], dim=1)]
+        got, want = torch.cat(parts, 1), layer(x)
+    assert got.dtype == torch.float32
+    # absorbed, the query, the weights and the mix are bf16 as the cache is: four roundings
+    assert (got - want).abs().max() <= 4 * 2**-9
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"{kind}attention" for kind in ("", "torch_", "online_softmax_", "flash_", "tiled_")],
+)
+def test_functions_of_chapter_01_fit_the_seam(name):
+    layer, x = make(rope_scaling=EQUAL), inputs(2, 12)
+    other = make(rope_scaling=EQUAL, attention=getattr(attn, name))
+    other.load_state_dict(layer.state_dict())
+    assert_close(other(x), layer(x))
+    cache = cache_for(other, 2, 12)
+    parts = [other(part, cache, False) for part in x.split([5, 1, 6], dim=1)]
+    assert_close(torch.cat(parts, 1), layer(x))
+
+
+def test_seam_is_called_and_sees_mask_only_where_needed():
+    calls = []
+
+    def spy(q, k, v, causal, scale, mask):
+        calls.append((tuple(q.shape), tuple(k.shape), tuple(v.shape), causal, mask is None, scale))
+        return mla.padded_attention(q, k, v, causal, scale, mask)
+
+    layer = make(attention=spy, rope_scaling=EQUAL)
+    x, cache = inputs(2, 3), cache_for(layer, 2, 6)
+    layer(x)
+    layer(x, cache)  # all rows empty: the plain causal pass
+    layer(x, cache, absorb=False)
+    q, k, longer, v = (2, 4, 3, 18), (2, 4, 3, 18), (2, 4, 6, 18), (2, 4, 3, 6)
+    plain = (q, k, v, True, True, layer.scale)
+    assert calls == [plain, plain, (q, longer, (2, 4, 6, 6), False, False, layer.scale)]
+
+
+def test_linear_is_every_projection_but_kv_b_proj():
+    class Mine(nn.Linear):
+        pass
+
+    for Q in (None, 20):
+        layer = mla.MultiHeadLatentAttention(**SIZES, q_lora_rank=Q, linear=Mine)
+        plain = [name for name, m in layer.named_children() if type(m) is nn.Linear]
+        assert plain == ["kv_b_proj"]
+
+
+@pytest.mark.parametrize("V", [4, 8, 12], ids=["narrow", "equal", "wide"])
+@pytest.mark.parametrize("T, S", [(9, 9), (3, 9), (1, 9), (1, 1)])
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
+def test_padded_attention_is_the_oracle(V, T, S, masked):
+    shapes = (2, 3, T, 8), (2, 3, S, 8), (2, 3, S, V)
+    ours = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    other = [t.detach().clone().requires_grad_() for t in ours]
+    mask = torch.rand(2, 1, T, S) < 0.5 if masked else None
+    if masked:
+        mask[..., 0] = True  # a query that sees nothing is NaN
+    got = mla.padded_attention(*ours, scale=0.4, mask=mask)
+    want = attn.attention(*other, scale=0.4, mask=mask)
+    assert_close(got, want)
+    upstream = torch.randn_like(want)
+    got.backward(upstream)
+    want.backward(upstream)
+    for mine, theirs in zip(ours, other, strict=True):
+        assert_close(mine.grad, theirs.grad)
+    full = mla.padded_attention(*ours, causal=False)
+    assert_close(full, F.scaled_dot_product_attention(*ours))
+
+
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "mask"])
+def test_mla_decode_is_multi_query_attention(T, masked):
+    q, entries = torch.randn(2, 3, T, 7).double(), torch.randn(2, 9, 7).double()
+    mask = torch.rand(2, 1, T, 9) < 0.5 if masked else None
+    if masked:
+        mask[..., 3] = True
+    got = mla.mla_decode(q, entries, 5, 0.4, mask)
+    k = entries[:, None]
+    assert_close(got, attn.attention(q, k, k[..., :5], causal=False, scale=0.4, mask=mask))
+
+
+def test_mla_decode_scales_and_sums_in_fp32():
+    """Whole numbers, so that bf16 scores are exact: what is left is the weights' rounding."""
+    q = torch.randint(-2, 3, (1, 4, 1, 12)).bfloat16()
+    entries = torch.randint(-1, 2, (1, 600, 12)).bfloat16()
+    k = entries[:, None].double()
+    got = mla.mla_decode(q, entries, 10, 0.9)
+    want = attn.attention(q.double(), k, k[..., :10], causal=False, scale=0.9)
+    # half a step of 8 bits for weights and for the result; scaled in bf16, logits of 16 show 2^-5
+    assert (got.double() - want).abs().max() <= 2 * 2**-9
+
+
+# Bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(qk_rope_head_dim=7), "7 channels are none or odd"),
+        (dict(qk_rope_head_dim=0), "0 channels are none or odd"),
+        (dict(rope_scaling=dict(type="linear", factor=4)), "linear"),
+        (dict(rope_scaling=dict(rope_type="longrope", factor=4)), "longrope"),
+        (dict(rope_scaling=dict(type="yarn", rope_type="dynamic", factor=4)), "dynamic"),
+        (dict(rope_scaling=dict(type="yarn", factor=4, attention_factor=2)), "attention_factor"),
+        (dict(rope_scaling=dict(type="yarn", factor=0.5)), "0.5"),
+        (dict(rope_scaling=dict(type="yarn", mscale=0.9)), "no factor.*0.9"),
+    ],
+    ids=["odd", "none", "type", "rope_type", "types_disagree", "key", "factor", "no_factor"],
+)
+def test_layer_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mla.MultiHeadLatentAttention(**{**SIZES, **arguments})
+
+
+def test_both_spellings_of_the_type_and_none():
+    for spelling in (dict(type="yarn"), dict(rope_type="yarn"), {}):
+        assert torch.equal(
+            make(rope_scaling={**spelling, **STRETCH}).frequencies,
+            make(rope_scaling=EQUAL).frequencies,
+        )
+    given_config = dict(EQUAL)
+    make(rope_scaling=given_config)
+    assert given_config == EQUAL  # the caller's dict is left alone
+
+
+def test_cache_overflow_changes_nothing():
+    layer = make()
+    x, cache = inputs(2, 5), cache_for(layer, 2, 8)
+    layer(x, cache)
+    cache.truncate([5, 1])
+    stored = cache.entries.clone()
+    with pytest.raises(ValueError, match="8 slots: 5 used \\+ 4 new"):
+        layer(x[:, :4], cache)
+    assert cache.lengths.tolist() == [5, 1] and cache.used == 5
+    assert torch.equal(cache.entries, stored)
+    assert layer(x[:, :3], cache).shape == (2, 3, 24)  # exactly full is allowed
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_cache_of_other_rows_is_refused(rows):
+    layer = make()
+    cache = cache_for(layer, rows, 8)
+    with pytest.raises(ValueError, match=f"{rows} rows, x has 2"):
+        layer(inputs(2, 3), cache)
+    assert cache.used == 0
+
+
+@pytest.mark.parametrize("L, R", [(17, 8), (15, 8), (16, 6), (18, 6)])
+def test_a_cache_of_other_widths_is_refused(L, R):
+    """18 + 6 = 16 + 8: the sum is not enough to go by."""
+    layer, cache = make(), mla.LatentCache(2, 8, L, R, dtype=torch.float64)
+    with pytest.raises(ValueError, match=rf"\(2, T, {L}\) and \(2, T, {R}\).*\(2, 3, 16\)"):
+        layer(inputs(2, 3), cache)
+    assert cache.used == 0
+
+
+@pytest.mark.parametrize("lengths", [[4, 3], [-1, 2], 4], ids=str)
+def test_truncate_refuses(lengths):
+    cache = mla.LatentCache(2, 8, 4, 2)
+    cache.append(torch.ones(2, 3, 4), torch.ones(2, 3, 2))
+    with pytest.raises(ValueError, match=r"\[3, 3\]"):
+        cache.truncate(lengths)
+    assert cache.lengths.tolist() == [3, 3] and cache.used == 3
+
+
+@pytest.mark.parametrize(
+    "latent, k_rope",
+    [((1, 3, 4), (1, 3, 2)), ((2, 3, 4), (2, 1, 2)), ((2, 3, 2), (2, 3, 4))],
+    ids=["batch", "key_shorter", "swapped"],
+)
+def test_append_refuses(latent, k_rope):
+    """Indexing would broadcast the first without a word, and the last has the right sum."""
+    cache = mla.LatentCache(2, 8, 4, 2)
+    with pytest.raises(ValueError, match=r"cache takes \(2, T, 4\) and \(2, T, 2\)"):
+        cache.append(torch.ones(latent), torch.ones(k_rope))
+    assert cache.used == 0
