@@ -247,9 +247,9 @@ class MoE(nn.Module):
         indices, weights, scores = self.gate(flat)
         load = torch.zeros(self.gate.experts, dtype=torch.long, device=x.device)
         load.scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten()))
+        self.load, self.balance_loss = load, None
         if self.training:
             B, T = x.shape[0], x.shape[1:-1].numel()
-            self.load = load
             self.balance_loss = sequence_balance_loss(scores.view(B, T, -1), indices.view(B, T, -1))
         y = self.experts(flat, indices, weights, load).view_as(x)
         return y if self.shared_experts is None else y + self.shared_experts(x)

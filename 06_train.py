@@ -5,9 +5,30 @@
 #   "safetensors>=0.4.5", "tqdm>=4.66",
 # ]
 # ///
-r"""06 · Training: the tested pieces wired into a whole DeepSeek-V3, and six minutes of real text.
+r"""06 · Training: the tested pieces become a whole DeepSeek-V3, and six minutes teach it Python.
 
-PLACEHOLDER
+V3 was pre-trained in 2.664 million GPU hours [1]. The same architecture, small, on two CPU cores:
+after six minutes it predicts Python that it has never seen better than `xz -9` can pack it.
+
+    Python's library ─► documents ─► BPE ─► one stream of tokens ─► windows (B, T + 1)
+                           └─ 5 % of the bytes held out, whole files, by the hash of their content
+
+    tokens (B,T) ─► embed_tokens ─► x (B,T,D) ─┬─ layers ×L ─► norm ─► lm_head ─► (B,T,V)
+                      x = x + MLA(norm(x))   [02]    └ x = x + FFN(norm(x))   dense, then MoE [03]
+
+    loss      −mean ln p(next token) + α · Σ balance_loss over the mixtures          [1] eq. 17
+    after a step, in each mixture      bias_e += γ · sign(mean load − load_e)        [1] §2.1.2
+    learning rate    0 ─warm-up─► constant ─cosine─► final                           [1] §4.2
+
+    axis  config name                     nano  V3        [1] DeepSeek-V3, arXiv:2412.19437
+    B     batch_size (Recipe)                4  15360
+    T     context (Recipe)                 512  4096
+    D     hidden_size                      256  7168
+    L     num_hidden_layers                  4  61
+    E, K  n_routed_experts, …_per_tok    16, 2  256, 8
+    V     vocab_size                      4096  129280
+
+Run:  python 06_train.py [--quick | --bench | --resume RUN]          6 minutes on two CPU cores
 """
 
 import argparse
@@ -104,10 +125,12 @@ class DeepSeekConfig:
         may_be_zero = {"n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"}
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" or field.type is int:
+            if field.type is int or field.name == "q_lora_rank" and value is not None:
                 least = 0 if field.name in may_be_zero else 1
                 if not isinstance(value, int) or value < least:
                     raise ValueError(f"{field.name} must be an int >= {least}, got {value!r}")
+            if field.type is float and not (isinstance(value, (int, float)) and value > 0):
+                raise ValueError(f"{field.name} must be a number > 0, got {value!r}")
         if self.first_k_dense_replace > self.num_hidden_layers:
             raise ValueError(
                 f"first_k_dense_replace {self.first_k_dense_replace} is more than "
@@ -149,7 +172,8 @@ class DeepSeekConfig:
             scaling.setdefault("original_max_position_embeddings", longest)
             raw["rope_scaling"] = scaling
         if kind == "deepseek_v2":
-            raw = V2_DEFAULTS | raw
+            raw = V2_DEFAULTS | {"n_group": 1, "topk_group": 1} | raw
+            raw |= {key: 1 for key in ("n_group", "topk_group") if raw[key] is None}
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in raw.items() if key in known})
 
@@ -181,11 +205,6 @@ def narrow(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """RMSNorm of the residual stream (B, T, D), taken in fp32; then as wide as the weights."""
-    return norm(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).to(x.dtype)
-
-
 class Block(nn.Module):
     """x + MLA(norm(x)), then x + FFN(norm(x)): (B, T, D) -> (B, T, D)."""
 
@@ -210,8 +229,8 @@ class Block(nn.Module):
             )  # fmt: skip
 
     def forward(self, x: Tensor, cache=None) -> Tensor:
-        x = x + self.self_attn(narrow(normed(self.input_layernorm, x)), cache)
-        return x + self.mlp(narrow(normed(self.post_attention_layernorm, x)))
+        x = x + self.self_attn(narrow(self.input_layernorm(x)), cache)
+        return x + self.mlp(narrow(self.post_attention_layernorm(x)))
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -273,7 +292,7 @@ class DeepSeek(nn.Module):
         x = self.model.embed_tokens(tokens)  # (B, T, D)
         for layer, block in enumerate(self.model.layers):
             x = block(x, None if caches is None else caches[layer])
-        return normed(self.model.norm, x)
+        return self.model.norm(x)
 
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in nats; tokens, labels: (B, T), and a label of -100 is left out."""
@@ -354,9 +373,14 @@ class DeepSeek(nn.Module):
         """
         folder = Path(folder)
         config = read_config(folder)
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            names = json.loads(index.read_text())["weight_map"].values()
+        whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+        if whole.exists():  # before an index, which may tell of shards it has replaced
+            files = [whole]
+        elif index.exists():
+            try:
+                names = json.loads(index.read_text())["weight_map"].values()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{index} can't be read: {error!r}") from None
             files = sorted(folder / name for name in set(names))
         else:
             files = sorted(folder.glob("*.safetensors"))
@@ -410,7 +434,6 @@ def choose(logits: Tensor, temperature: float, top_p: float, generator=None) -> 
 
 # %% 3. Checkpoints: the released layout -----------------------------------------------------
 # One tensor differs: a file has every expert's matrices apart, we stack them for the grouped GEMM.
-EXPERT = regex.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 def released_tensors(model: DeepSeek) -> dict[str, Tensor]:
@@ -449,7 +472,81 @@ def read_config(folder: Path) -> DeepSeekConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
-# %% 4. The tokenizer: byte-level BPE from scratch -------------------------------------------
+# %% 4. Sizes ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: one learning rate cycle over `steps` (or over --minutes)."""
+
+    steps: int
+    context: int  # tokens of a sequence
+    batch_size: int  # sequences of a forward pass
+    accumulate: int = 1  # passes of a step
+    learning_rate: float = 2.2e-4
+    warmup: float = 0.02  # share of the run; then constant, then a cosine down to `final`
+    decay: float = 0.5  # share of the run
+    final: float = 0.1  # of learning_rate
+    weight_decay: float = 0.1  # of matrices
+    bias_update_speed: float = 0.001  # γ; falls with the learning rate
+    balance_alpha: float = 1e-4
+
+    def scale(self, done: float) -> float:
+        """The learning rate's factor when a share `done` of the run lies behind."""
+        if done < self.warmup:
+            return max(done, 1e-3) / self.warmup
+        left = min((1 - done) / self.decay, 1.0)  # 1 until the decay begins
+        return self.final + (1 - self.final) * (1 - math.cos(math.pi * left)) / 2
+
+
+V3_YARN = {
+    "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
+    "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
+V2_LITE = DeepSeekConfig(
+    vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408,
+    num_hidden_layers=27, first_k_dense_replace=1, num_attention_heads=16, q_lora_rank=None,
+    n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6, n_group=1, topk_group=1,
+    topk_method="greedy", scoring_func="softmax", norm_topk_prob=False, routed_scaling_factor=1.0,
+    rope_scaling={**V3_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    max_position_embeddings=163840, bos_token_id=100000, eos_token_id=100001,
+)  # fmt: skip
+NANO = DeepSeekConfig(
+    vocab_size=4096, hidden_size=256, intermediate_size=512, moe_intermediate_size=128,
+    num_hidden_layers=4, first_k_dense_replace=1, num_attention_heads=8, q_lora_rank=None,
+    kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=16,
+    num_experts_per_tok=2, n_group=1, topk_group=1, routed_scaling_factor=1.0,
+    initializer_range=0.03, bos_token_id=4095, eos_token_id=4095,
+)  # fmt: skip
+MINI = replace(
+    NANO, vocab_size=16384, hidden_size=512, intermediate_size=1536, moe_intermediate_size=256,
+    num_hidden_layers=8, num_attention_heads=8, q_lora_rank=256, kv_lora_rank=128,
+    qk_nope_head_dim=64, qk_rope_head_dim=32, n_routed_experts=32, num_experts_per_tok=4,
+    bos_token_id=16383, eos_token_id=16383,
+)  # fmt: skip
+SMALL = replace(
+    MINI, vocab_size=32768, hidden_size=1024, intermediate_size=3072, moe_intermediate_size=512,
+    num_hidden_layers=16, num_attention_heads=16, q_lora_rank=512, kv_lora_rank=256,
+    n_routed_experts=64, num_experts_per_tok=6, n_group=8, topk_group=4,
+    routed_scaling_factor=2.5, initializer_range=0.015, bos_token_id=32767, eos_token_id=32767,
+)  # fmt: skip
+V3 = DeepSeekConfig(
+    rope_scaling=V3_YARN, max_position_embeddings=163840, num_nextn_predict_layers=1
+)  # fmt: skip
+PRESETS = {
+    "nano": (NANO, Recipe(steps=900, context=512, batch_size=4, learning_rate=3e-3)),
+    "mini": (MINI, Recipe(steps=4000, context=1024, batch_size=16, learning_rate=1.5e-3)),
+    "small": (SMALL, Recipe(40_000, 2048, batch_size=16, accumulate=2, learning_rate=6e-4)),
+    "v2-lite": (V2_LITE, None),  # trained on clusters: here for their sizes
+    "v3": (V3, None),
+}
+QUICK = replace(
+    NANO, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=2,
+    vocab_size=512, n_routed_experts=8, kv_lora_rank=32, bos_token_id=511, eos_token_id=511,
+)  # fmt: skip
+
+
+# %% 5. The tokenizer: byte-level BPE from scratch -------------------------------------------
 # A chunk is what a token may never cross. The first alternative is for code: a line's end and the
 # indentation behind it are one chunk, so before long they are one token.
 CHUNKS = (
@@ -549,7 +646,7 @@ def encode_bytes(encoding: tiktoken.Encoding, data: bytes) -> list[int]:
     return tokens
 
 
-# %% 5. The data: text that every machine has ------------------------------------------------
+# %% 6. The data: text that every machine has ------------------------------------------------
 # Left out of the standard library: tests and demos (three times the rest), tables of characters,
 # and site-packages, which is not part of it.
 NOT_LIBRARY = {"test", "tests", "idlelib", "idle_test", "lib2to3", "encodings", "site-packages"}
@@ -570,13 +667,14 @@ def library_files(packages: bool) -> list[Path]:
 def read_documents(source: Path | None, packages: bool = False) -> list[bytes]:
     """Documents, each content once: of a file or folder of .txt, .md, .py, .jsonl ("text" fields).
 
-    source None: the standard library. Few long documents (a book) are cut at line ends, so that
-    whole ones can be held out.
+    source None: the standard library. Where one document is over a twentieth of all (a book), the
+    long ones are cut at line ends, so that whole pieces can be held out.
     """
     if source is None:
         files = library_files(packages)
     elif source.is_dir():
         files = sorted(p for p in source.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        files = [p for p in files if not (p.parent / "run.json").exists()]  # metrics of a run
     elif source.is_file():
         files = [source]
     else:
@@ -585,9 +683,10 @@ def read_documents(source: Path | None, packages: bool = False) -> list[bytes]:
     for file in files:
         raw = file.read_bytes()
         documents += [raw] if file.suffix != ".jsonl" else jsonl_texts(file, raw)
-    if len(documents) < 40:
-        size = max(2048, sum(map(len, documents)) // 80)
-        documents = [piece for document in documents for piece in cut(document, size)]
+    total = sum(map(len, documents))
+    if max(map(len, documents), default=0) > HELD_OUT_SHARE * total:
+        pieces = (cut(document, max(2048, total // 80)) for document in documents)
+        documents = list(itertools.chain.from_iterable(pieces))
     documents = list(dict.fromkeys(d for d in documents if d))  # drops repeats, keeps the order
     if len(documents) < 2:
         kinds = ", ".join(sorted(SUFFIXES))
@@ -604,9 +703,9 @@ def jsonl_texts(file: Path, raw: bytes) -> Iterator[bytes]:
 
 
 def cut(document: bytes, size: int) -> Iterator[bytes]:
-    """Pieces of at least `size` bytes, each up to the end of a line."""
+    """Pieces of `size` bytes, or up to twice as many to reach the end of a line."""
     while document:
-        end = document.find(b"\n", size) + 1 or len(document)
+        end = document.find(b"\n", size, 2 * size) + 1 or 2 * size
         yield document[:end]
         document = document[end:]
 
@@ -616,7 +715,7 @@ def split_documents(documents: list[bytes]) -> tuple[list[bytes], list[bytes]]:
     ranked = sorted(documents, key=lambda document: hashlib.sha256(document).digest())
     want = min(HELD_OUT_SHARE * sum(map(len, documents)), HELD_OUT_LIMIT)
     held_out = []
-    while sum(map(len, held_out)) < want:
+    while sum(map(len, held_out)) < want and len(ranked) > 1:
         held_out.append(ranked.pop(0))
     return ranked, held_out
 
@@ -645,12 +744,12 @@ def prepare(documents: list[bytes], vocabulary: int | str, cache: Path) -> Corpu
     folder = cache / f"data-{digest.hexdigest()[:12]}"
     train, held_out = split_documents(documents)
     if not (folder / "rivals.json").exists():  # written last
-        folder.mkdir(parents=True, exist_ok=True)
         if isinstance(vocabulary, int):
             texts = (document.decode("utf-8", "replace") for document in train)
             encoding = encoding_of(train_bpe(texts, vocabulary - 1))
         else:
             encoding = named_encoding(vocabulary)
+        folder.mkdir(parents=True, exist_ok=True)
         save_encoding(encoding, folder / "encoding.json")
         for name, part in ("train", train), ("held_out", held_out):
             save_whole(folder / name, lambda path, part=part: write_tokens(encoding, part, path))
@@ -684,7 +783,7 @@ def named_encoding(name: str) -> tiktoken.Encoding:
         encoding.encode_single_token(END)
         return encoding
     except ValueError as error:
-        raise ValueError(f"--encoding {name}: {error}") from None
+        raise ValueError(f"--encoding {name}: {str(error).splitlines()[0]}") from None
     except KeyError:
         raise ValueError(f"--encoding {name} has no {END}") from None
     except Exception as error:  # whatever the network library raises
@@ -703,36 +802,13 @@ def compressors(train: bytes, held_out: bytes) -> dict[str, float]:
     }
 
 
-# %% 6. Training -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: one learning rate cycle over `steps` (or over --minutes)."""
-
-    steps: int
-    context: int  # tokens of a sequence
-    batch_size: int  # sequences of a forward pass
-    accumulate: int = 1  # passes of a step
-    learning_rate: float = 2.2e-4
-    warmup: float = 0.02  # share of the run; then constant, then a cosine down to `final`
-    decay: float = 0.5  # share of the run
-    final: float = 0.1  # of learning_rate
-    weight_decay: float = 0.1  # of matrices
-    bias_update_speed: float = 0.001  # γ; falls with the learning rate
-    balance_alpha: float = 1e-4
-
-    def scale(self, done: float) -> float:
-        """The learning rate's factor when a share `done` of the run lies behind."""
-        if done < self.warmup:
-            return max(done, 1e-3) / self.warmup
-        left = min((1 - done) / self.decay, 1.0)  # 1 until the decay begins
-        return self.final + (1 - self.final) * (1 - math.cos(math.pi * left)) / 2
+# %% 7. Training -----------------------------------------------------------------------------
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """bf16 where the hardware multiplies it; a CPU without the instruction is slower with it."""
-    if device.type == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16", False):
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # newer than torch 2.11
+    if device.type == "cpu" and not capabilities().get("avx512_bf16", False):
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
 
@@ -791,16 +867,17 @@ def training_step(model: DeepSeek, optimizer, recipe: Recipe, rows: list[Tensor]
 
 
 @torch.no_grad()
-def evaluate(model: DeepSeek, tokens: np.ndarray, context: int, stride: int, rows: int = 8):
+def evaluate(model: DeepSeek, tokens: np.ndarray, context: int, stride: int):
     """Σ −ln p of tokens[1:], each predicted once, and the load (layers, E) it put on the experts.
 
-    Windows of `context` tokens, `stride` apart: all but the first `stride` tokens of the text have
-    at least context − stride before them.
+    Windows of `context` tokens, `stride` apart: all tokens but the first context − stride
+    of the text have at least so many before them.
     """
     model.eval()
     device, nats, loads = model.lm_head.weight.device, 0.0, 0
     starts = range(0, max(len(tokens) - 1 - (context - stride), 1), stride)
     full = [start for start in starts if start + context < len(tokens)]
+    rows = max(1, 8192 // context)
     groups = [full[i : i + rows] for i in range(0, len(full), rows)]
     for group in groups + [[start] for start in starts[len(full) :]]:
         windows = np.stack([tokens[s : s + context + 1] for s in group]).astype(np.int64)
@@ -831,7 +908,8 @@ class Run:
 
     def metrics(self) -> list[dict]:
         path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # else cut by a kill
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps that no checkpoint has kept."""
@@ -872,7 +950,8 @@ class Run:
         try:
             moments = load_file(self.checkpoint / "training/optimizer.safetensors")
             state = json.loads((self.checkpoint / "training/state.json").read_text())
-        except (SafetensorError, OSError, ValueError) as error:
+            state = {"step": int(state["step"]), "seconds": float(state["seconds"])}
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{self.checkpoint} can't be resumed: {error}") from None
         for name, parameter in model.named_parameters():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{key}" in moments]
@@ -913,6 +992,8 @@ def train(
     if resume:
         state = run.restore(model, optimizer)
         run.forget_after(state["step"])
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
     rows = batches(corpus.train, recipe, seed, state["step"] * recipe.accumulate)
     per_step = recipe.batch_size * recipe.context * recipe.accumulate
     share = lambda: state["seconds"] / 60 / minutes if minutes else state["step"] / recipe.steps
@@ -951,7 +1032,7 @@ def train(
     return state | {"tokens": state["step"] * per_step}
 
 
-# %% 7. The receipt: what came out, beside what else compresses ------------------------------
+# %% 8. The receipt: what came out, beside what else compresses ------------------------------
 
 
 def check(name: str, got: Tensor, want: Tensor, tol: float) -> None:
@@ -1061,7 +1142,7 @@ def draw(run: Run, corpus: Corpus, bits: float) -> None:
     plt.close(figure)
 
 
-# %% 8. How fast? ----------------------------------------------------------------------------
+# %% 9. How fast? ----------------------------------------------------------------------------
 
 
 def bench(model: DeepSeek, recipe: Recipe, seed: int) -> None:
@@ -1103,53 +1184,16 @@ def bench(model: DeepSeek, recipe: Recipe, seed: int) -> None:
 
 
 # %% Exercises -------------------------------------------------------------------------------
-# 1. Break it: …
+# 1. Break it: give update_bias −γ (in training_step). Which curve shows it first, the loss or
+#    MaxVio? Which experts does the router then choose, and why does the loss hardly notice?
+# 2. xz that has read the training text still wins: it copies whole lines. Give the model what xz
+#    has, a longer Recipe.context at the same number of tokens a step. Where does the gain end?
+# 3. V3 rotates 64 of 192 channels, nano 16 of 48. Set qk_rope_head_dim to 0, 8 and 32 with
+#    qk_nope_head_dim + qk_rope_head_dim = 48, three seeds each. Is the difference larger than the
+#    spread between seeds?
 
-V3_YARN = {
-    "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
-    "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
-}  # fmt: skip
-V2_LITE = DeepSeekConfig(
-    vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408,
-    num_hidden_layers=27, first_k_dense_replace=1, num_attention_heads=16, q_lora_rank=None,
-    n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6, n_group=1, topk_group=1,
-    topk_method="greedy", scoring_func="softmax", norm_topk_prob=False, routed_scaling_factor=1.0,
-    rope_scaling={**V3_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
-    max_position_embeddings=163840, bos_token_id=100000, eos_token_id=100001,
-)  # fmt: skip
-NANO = DeepSeekConfig(
-    vocab_size=4096, hidden_size=256, intermediate_size=512, moe_intermediate_size=128,
-    num_hidden_layers=4, first_k_dense_replace=1, num_attention_heads=8, q_lora_rank=None,
-    kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=16,
-    num_experts_per_tok=2, n_group=1, topk_group=1, routed_scaling_factor=1.0,
-    initializer_range=0.03, bos_token_id=4095, eos_token_id=4095,
-)  # fmt: skip
-MINI = replace(
-    NANO, vocab_size=16384, hidden_size=512, intermediate_size=1536, moe_intermediate_size=256,
-    num_hidden_layers=8, num_attention_heads=8, q_lora_rank=256, kv_lora_rank=128,
-    qk_nope_head_dim=64, qk_rope_head_dim=32, n_routed_experts=32, num_experts_per_tok=4,
-    bos_token_id=16383, eos_token_id=16383,
-)  # fmt: skip
-SMALL = replace(
-    MINI, vocab_size=32768, hidden_size=1024, intermediate_size=3072, moe_intermediate_size=512,
-    num_hidden_layers=16, num_attention_heads=16, q_lora_rank=512, kv_lora_rank=256,
-    n_routed_experts=64, num_experts_per_tok=6, n_group=8, topk_group=4,
-    routed_scaling_factor=2.5, initializer_range=0.015, bos_token_id=32767, eos_token_id=32767,
-)  # fmt: skip
-V3 = DeepSeekConfig(
-    rope_scaling=V3_YARN, max_position_embeddings=163840, num_nextn_predict_layers=1
-)  # fmt: skip
-PRESETS = {
-    "nano": (NANO, Recipe(steps=900, context=512, batch_size=4, learning_rate=3e-3)),
-    "mini": (MINI, Recipe(steps=4000, context=1024, batch_size=16, learning_rate=1.5e-3)),
-    "small": (SMALL, Recipe(40_000, 2048, batch_size=16, accumulate=2, learning_rate=6e-4)),
-    "v2-lite": (V2_LITE, None),  # trained on clusters: here for their sizes
-    "v3": (V3, None),
-}
-QUICK = replace(
-    NANO, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=2,
-    vocab_size=512, n_routed_experts=8, kv_lora_rank=32, bos_token_id=511, eos_token_id=511,
-)  # fmt: skip
+
+# %% Main ------------------------------------------------------------------------------------
 
 
 def arguments() -> argparse.Namespace:
@@ -1171,12 +1215,12 @@ def arguments() -> argparse.Namespace:
     args = cli.parse_args()
     for name in ("steps", "minutes"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             cli.error(f"--{name} must be positive, got {value}")
     return args
 
 
-def begin_run(args: argparse.Namespace, config: DeepSeekConfig, recipe: Recipe, corpus) -> Run:
+def begin_run(args, config: DeepSeekConfig, recipe: Recipe, corpus, packages, vocabulary) -> Run:
     """A folder that is not there yet, with run.json: what it takes to make this run again."""
     stem = "quick" if args.quick else args.preset
     names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
@@ -1194,7 +1238,8 @@ def begin_run(args: argparse.Namespace, config: DeepSeekConfig, recipe: Recipe, 
         "minutes": args.minutes,
         "data": None if args.data is None else str(args.data),
         "data_digest": corpus.folder.name,
-        "encoding": args.encoding,
+        "packages": packages,
+        "vocabulary": vocabulary,  # what was asked for: config has what came of it
         "config": asdict(config),
         "recipe": asdict(recipe),
     }
@@ -1214,27 +1259,36 @@ def lesson(args: argparse.Namespace) -> None:
     config, recipe = PRESETS[args.preset]
     if args.quick:
         config, recipe = QUICK, Recipe(30, context=64, batch_size=8, learning_rate=3e-3)
+    packages = args.preset in ("mini", "small")
+    vocabulary = args.encoding or config.vocab_size
     if args.resume:
         try:
             entry = json.loads((args.resume / "run.json").read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--resume {args.resume} is no folder of a run: {error}") from None
-        config, recipe = DeepSeekConfig(**entry["config"]), Recipe(**entry["recipe"])
-        args.seed, args.minutes, args.encoding = (
-            entry[key] for key in ("seed", "minutes", "encoding")
-        )
-        args.data = None if entry["data"] is None else Path(entry["data"])
+            config, recipe = DeepSeekConfig(**entry["config"]), Recipe(**entry["recipe"])
+            args.seed, args.minutes, digest = (entry[k] for k in ("seed", "minutes", "data_digest"))
+            packages, vocabulary = entry["packages"], entry["vocabulary"]
+            args.data = None if entry["data"] is None else Path(entry["data"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"--resume {args.resume} is no folder of a run: {error!r}") from None
+        args.out = args.resume.parent  # the tokens lie there
     elif args.steps:
         recipe = replace(recipe, steps=args.steps)
-    device = torch.device(args.device)
-    torch.zeros(1, device=device).item()
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each backend raises a type of its own
+        reason = str(error).splitlines()[0][:100]
+        raise ValueError(f"cannot run on --device {args.device}: {reason}") from None
     torch.manual_seed(args.seed)
     if args.bench:
         return bench(DeepSeek(config).to(device), recipe, args.seed)
 
     begin = time.perf_counter()
-    documents = read_documents(args.data, packages=args.preset in ("mini", "small"))
-    corpus = prepare(documents, args.encoding or config.vocab_size, args.out)
+    documents = read_documents(args.data, packages)
+    corpus = prepare(documents, vocabulary, args.out)
+    if args.resume and digest != corpus.folder.name:
+        raise ValueError(f"{args.resume} was trained on other text: {digest}")
+    next(batches(corpus.train, recipe, args.seed, 0))  # raises if the text is too short
     config = replace(
         config,
         vocab_size=corpus.encoding.n_vocab,
@@ -1247,11 +1301,8 @@ def lesson(args: argparse.Namespace) -> None:
     verify_model(model, rows)
     if args.resume:
         run = Run(args.resume)
-        if entry["data_digest"] != corpus.folder.name:
-            raise ValueError(f"{args.resume} was trained on other text: {entry['data_digest']}")
     else:
-        next(batches(corpus.train, recipe, args.seed, 0))  # raises if the text is too short
-        run = begin_run(args, config, recipe, corpus)
+        run = begin_run(args, config, recipe, corpus, packages, vocabulary)
     print(f"run      {run.folder}   {sum(p.numel() for p in model.parameters()):,} parameters")
     try:
         trained = train(

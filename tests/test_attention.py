@@ -366,7 +366,8 @@ def test_truncate_leaves_no_trace(kept):
         layer(x, cache)
     before = drafted.lengths
     layer(torch.full((2, 4, 24), 1e6, dtype=torch.float64), drafted)
-    drafted.truncate(before)  # the caller's tensor of lengths must still say 5, 5
+    assert before.tolist() == [5, 5]  # the tensor that the caller kept
+    drafted.truncate(before)
     for cache in (drafted, clean):
         cache.truncate(kept)
     assert torch.equal(drafted.lengths, clean.lengths) and drafted.used == clean.used
