@@ -21,10 +21,10 @@ after six minutes it predicts Python that it has never seen better than `xz -9` 
     learning rate    0 ─warm-up─► constant ─cosine─► final                           [1] §4.2
 
     axis  config name                     nano  V3        [1] DeepSeek-V3, arXiv:2412.19437
-    B     batch_size (Recipe)                4  15360
-    T     context (Recipe)                 512  4096
-    D     hidden_size                      256  7168
-    L     num_hidden_layers                  4  61
+    B     batch_size (Recipe)                8  15360
+    T     context (Recipe)                 256  4096
+    D     hidden_size                      128  7168
+    L     num_hidden_layers                  3  61
     E, K  n_routed_experts, …_per_tok    16, 2  256, 8
     V     vocab_size                      4096  129280
 
@@ -244,20 +244,23 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels):
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide, rows = torch.promote_types(weight.dtype, torch.float32), LinearCrossEntropy.ROWS
         dh, dw = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
         total, weight = dw.new_zeros(()), weight.to(hidden.dtype)
-        slices = (t.split(LinearCrossEntropy.ROWS) for t in (hidden, labels[:, None], dh))
+        # written again for every slice: fresh memory of this size costs as much as the softmax
+        scores = torch.empty(min(rows, len(hidden)), len(weight), dtype=wide, device=dw.device)
+        products, dw_part = torch.empty_like(scores, dtype=hidden.dtype), torch.empty_like(weight)
+        slices = (t.split(rows) for t in (hidden, labels[:, None], dh))
         for h, label, dh_out in zip(*slices, strict=True):
-            logits = (h @ weight.T).to(wide)  # (rows, V)
-            probs = logits.softmax(-1)
-            # log Σ e^s from the likeliest token alone; torch's log_softmax takes four times as long
-            log_sum = logits.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()
-            total += (log_sum - logits.gather(1, label)).sum()
-            error = probs.scatter_add_(1, label, probs.new_full(label.shape, -1.0))
-            error = error.to(h.dtype)
-            torch.mm(error, weight, out=dh_out)
-            dw += error.T @ h
+            product, s = products[: len(h)], scores[: len(h)]  # (rows, V)
+            s.copy_(torch.mm(h, weight.T, out=product))
+            wanted, top = s.gather(1, label), s.amax(-1, keepdim=True)
+            probs = torch.softmax(s, -1, out=s)
+            # log Σ eˢ = top − log(its probability); log_softmax would take four times as long
+            total += (top - probs.amax(-1, keepdim=True).log() - wanted).sum()
+            product.copy_(probs.scatter_add_(1, label, probs.new_full(label.shape, -1.0)))
+            torch.mm(product, weight, out=dh_out)
+            dw += torch.mm(product.T, h, out=dw_part)
         ctx.save_for_backward(dh, dw)
         return total
 
@@ -484,9 +487,9 @@ class Recipe:
     batch_size: int  # sequences of a forward pass
     accumulate: int = 1  # passes of a step
     learning_rate: float = 2.2e-4
-    warmup: float = 0.02  # share of the run; then constant, then a cosine down to `final`
-    decay: float = 0.5  # share of the run
-    final: float = 0.1  # of learning_rate
+    warmup: float = 0.05  # share of the run; then constant, then a cosine down to `final`
+    decay: float = 0.6  # share of the run
+    final: float = 0.02  # of learning_rate
     weight_decay: float = 0.1  # of matrices
     bias_update_speed: float = 0.001  # γ; falls with the learning rate
     balance_alpha: float = 1e-4
@@ -512,17 +515,17 @@ V2_LITE = DeepSeekConfig(
     max_position_embeddings=163840, bos_token_id=100000, eos_token_id=100001,
 )  # fmt: skip
 NANO = DeepSeekConfig(
-    vocab_size=4096, hidden_size=256, intermediate_size=512, moe_intermediate_size=128,
-    num_hidden_layers=4, first_k_dense_replace=1, num_attention_heads=8, q_lora_rank=None,
-    kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=16,
+    vocab_size=4096, hidden_size=128, intermediate_size=384, moe_intermediate_size=128,
+    num_hidden_layers=3, first_k_dense_replace=1, num_attention_heads=4, q_lora_rank=None,
+    kv_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=16,
     num_experts_per_tok=2, n_group=1, topk_group=1, routed_scaling_factor=1.0,
-    initializer_range=0.03, bos_token_id=4095, eos_token_id=4095,
+    initializer_range=0.04, bos_token_id=4095, eos_token_id=4095,
 )  # fmt: skip
 MINI = replace(
     NANO, vocab_size=16384, hidden_size=512, intermediate_size=1536, moe_intermediate_size=256,
     num_hidden_layers=8, num_attention_heads=8, q_lora_rank=256, kv_lora_rank=128,
-    qk_nope_head_dim=64, qk_rope_head_dim=32, n_routed_experts=32, num_experts_per_tok=4,
-    bos_token_id=16383, eos_token_id=16383,
+    qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, n_routed_experts=32,
+    num_experts_per_tok=4, initializer_range=0.02, bos_token_id=16383, eos_token_id=16383,
 )  # fmt: skip
 SMALL = replace(
     MINI, vocab_size=32768, hidden_size=1024, intermediate_size=3072, moe_intermediate_size=512,
@@ -534,9 +537,9 @@ V3 = DeepSeekConfig(
     rope_scaling=V3_YARN, max_position_embeddings=163840, num_nextn_predict_layers=1
 )  # fmt: skip
 PRESETS = {
-    "nano": (NANO, Recipe(steps=900, context=512, batch_size=4, learning_rate=3e-3)),
-    "mini": (MINI, Recipe(steps=4000, context=1024, batch_size=16, learning_rate=1.5e-3)),
-    "small": (SMALL, Recipe(40_000, 2048, batch_size=16, accumulate=2, learning_rate=6e-4)),
+    "nano": (NANO, Recipe(2000, 256, 8, learning_rate=5e-3, bias_update_speed=0.003)),
+    "mini": (MINI, Recipe(4000, 1024, 16, learning_rate=1.5e-3)),
+    "small": (SMALL, Recipe(40_000, 2048, 16, accumulate=2, learning_rate=6e-4)),
     "v2-lite": (V2_LITE, None),  # trained on clusters: here for their sizes
     "v3": (V3, None),
 }
