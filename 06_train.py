@@ -243,7 +243,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     ROWS = 512
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels):
+    def forward(ctx, hidden, weight, labels, with_gradient=True):
         wide, rows = torch.promote_types(weight.dtype, torch.float32), LinearCrossEntropy.ROWS
         dh, dw = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
         total, weight = dw.new_zeros(()), weight.to(hidden.dtype)
@@ -258,6 +258,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             probs = torch.softmax(s, -1, out=s)
             # log Σ eˢ = top − log(its probability); log_softmax would take four times as long
             total += (top - probs.amax(-1, keepdim=True).log() - wanted).sum()
+            if not with_gradient:
+                continue
             product.copy_(probs.scatter_add_(1, label, probs.new_full(label.shape, -1.0)))
             torch.mm(product, weight, out=dh_out)
             dw += torch.mm(product.T, h, out=dw_part)
@@ -267,7 +269,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dh, dw = ctx.saved_tensors
-        return dh * grad.to(dh.dtype), dw * grad, None
+        return dh * grad.to(dh.dtype), dw * grad, None, None
 
 
 class DeepSeek(nn.Module):
@@ -303,8 +305,8 @@ class DeepSeek(nn.Module):
         labels = labels.flatten()
         if (labels < 0).any():
             hidden, labels = hidden[labels != -100], labels[labels != -100]
-        total = LinearCrossEntropy.apply(hidden, self.lm_head.weight, labels)
-        return total / len(labels)
+        arguments = hidden, self.lm_head.weight, labels, torch.is_grad_enabled()
+        return LinearCrossEntropy.apply(*arguments) / len(labels)
 
     def mixtures(self) -> list:
         """The MoE layers in order; each remembers the load of its last forward."""
@@ -1220,6 +1222,8 @@ def arguments() -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             cli.error(f"--{name} must be positive, got {value}")
+        if value is not None and args.resume:
+            cli.error(f"--{name} {value}: a resumed run keeps the length it was begun with")
     return args
 
 
@@ -1324,6 +1328,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"06_train.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:  # while nothing was training: there is nothing to lose
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -550,11 +550,11 @@ def test_inert_keys_are_ignored(value):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"num_experts_per_tok": 9}, "9 of 8 experts"),
-        ({"topk_group": 1}, "3 of 8 experts in 1 of 4 groups"),
-        ({"n_group": 3}, "8 experts in 2 of 3 groups"),
+        ({"num_experts_per_tok": 9}, "9 .*experts"),
+        ({"topk_group": 1}, "3 .*experts.* 1 of 4 groups"),
+        ({"n_group": 3}, "8 .*experts.* 3 groups"),
         ({"topk_group": 5}, "5 of 4 groups"),
-        ({"n_group": 8, "topk_group": 8}, "8 groups"),  # no best two in a group of one
+        ({"n_group": 8, "topk_group": 8}, "8 .*one"),  # no best two in a group of one
         ({"qk_rope_head_dim": 7}, "7 channels"),
         ({"first_k_dense_replace": 4}, "first_k_dense_replace 4"),
         ({"first_k_dense_replace": -1}, "first_k_dense_replace"),
@@ -1603,9 +1603,11 @@ def test_measured_bits_are_those_of_the_checkpoint(ran):
     for document in held_out:
         tokens += [encoding.encode_single_token(chapter.END), *encoding.encode(document.decode())]
     context = json.loads((folder / "out/quick/run.json").read_text())["recipe"]["context"]
-    nats, loads = chapter.evaluate(model, np.array(tokens), context, context // 2)
+    [before] = re.findall(r"every token with at least (\d+) before it", out)
+    nats, loads = chapter.evaluate(model, np.array(tokens), context, context - int(before))
     bits = nats / math.log(2) / sum(map(len, held_out))
-    assert values["heldout_bits_per_byte"] == pytest.approx(bits, rel=1e-3)  # printed to 5 digits
+    # printed to five digits; the two processes may split their sums among other threads
+    assert values["heldout_bits_per_byte"] == pytest.approx(bits, abs=2e-4)
     worst = ((loads.amax(1) - loads.float().mean(1)) / loads.float().mean(1)).max()
     assert values["max_violation"] == pytest.approx(worst.item(), rel=1e-3)
 
