@@ -299,8 +299,7 @@ class Experts(nn.Module):
         if x.device.type == "cpu" and x.dtype.itemsize == 2 and N * K > 16 * len(load):
             sizes = (load + 15) // 16 * 16
             P = int(sizes.sum())
-            gaps = (sizes - load).cumsum(0) - (sizes - load)  # before each expert's first row
-            row = row + gaps.repeat_interleave(load)
+            row = row + (sizes - load).cumsum(0).repeat_interleave(load)  # the filling comes first
         token_of_row = order.new_zeros(P)  # a row that only fills up repeats token 0, with weight 0
         token_of_row[row] = order // K
         row_of_pair = torch.empty_like(order)

@@ -1,17 +1,19 @@
-r"""Routed experts, forward + backward, beside transformers' and beside a dense layer as wide.
+r"""The routed experts of 03_moe_router.py beside transformers' and beside a dense SwiGLU.
 
-4096 tokens, width 512, 64 experts of 256, 6 a token. All sides have the same weights and the same
-choice of experts, a new one in every round, as in training. transformers' experts run in "eager"
-and "grouped_mm"; ours are compared with the better. The dense SwiGLU has the width that a token
-uses, 6·256: what an ideal dispatch would cost. Interleaved, medians.
+4096 tokens of width 512, 64 experts of 256, top 6, forward and backward, the same weights in all.
+transformers runs its eager and its grouped_mm experts; in bf16 once under autocast (fp32 weights,
+as in training) and once with bf16 weights, and ours is compared with the best of the four. Each
+round brings another routing, as each step of a training does: oneDNN compiles its bf16 products
+anew for every number of rows it has not met. Rounds run all rivals in turn; the medians are shown.
 
-Run:  python benchmarks/moe.py          1 minute on two CPU cores
+Run:  python benchmarks/moe.py          2 minutes on two CPU cores
 """
 
 import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -19,96 +21,151 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-chapter = import_module("03_moe_router")
+moe = import_module("03_moe_router")
+check, measure = moe.check, moe.measure
 
 N, D, I, E, K = 4096, 512, 256, 64, 6
+Route = tuple[Tensor, Tensor, Tensor]
 
 
-def choices(rounds: int, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Experts (N, K), weights (N, K) and load (E,) of an uneven router, one set a round."""
-    made = []
-    for _ in range(rounds):
-        scores = torch.randn(N, E, device=device) + 0.3 * torch.randn(E, device=device)
-        weights, indices = scores.softmax(-1).topk(K)
-        made.append((indices, weights, indices.flatten().bincount(minlength=E)))
-    return made
+def draw_route(device: torch.device) -> Route:
+    """Experts (N, K), their weights (N, K), load (E,), about as uneven as a balanced router's."""
+    scores = torch.rand(N, E, device=device) + 0.1 * torch.randn(E, device=device)
+    values, indices = scores.topk(K, -1)
+    weights = (values / values.sum(-1, keepdim=True)).requires_grad_()
+    return indices, weights, indices.flatten().bincount(minlength=E)
 
 
-def rivals(ours: nn.Module, device: torch.device) -> dict[str, nn.Module]:
-    """transformers' experts with our weights."""
+def make_transformers(ours: nn.Module, implementation: str) -> nn.Module | None:
+    """transformers' experts with a copy of our weights; None where it is not installed."""
     try:
-        from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
-        from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+        from transformers.models.deepseek_v3 import modeling_deepseek_v3 as hf
     except ImportError:
-        print("skipped: transformers is not installed")
-        return {}
-    found = {}
-    for kind in "eager", "grouped_mm":
-        config = DeepseekV3Config(hidden_size=D, moe_intermediate_size=I, n_routed_experts=E)
-        config._experts_implementation = kind
-        found[kind] = DeepseekV3Experts(config).to(device)
-        found[kind].load_state_dict(ours.state_dict())
-    return found
+        return None
+    sizes = dict(hidden_size=D, moe_intermediate_size=I, n_routed_experts=E, num_experts_per_tok=K)
+    config = hf.DeepseekV3Config(**sizes)
+    config._experts_implementation = implementation
+    experts = hf.DeepseekV3Experts(config).to(ours.gate_up_proj.device)
+    experts.load_state_dict(ours.state_dict())
+    return experts
+
+
+class Rival:
+    """One module in one precision; a call is a forward and a backward on a route."""
+
+    def __init__(self, module: nn.Module, call: Callable, x: Tensor, upstream: Tensor, amp: bool):
+        self.module, self.call, self.amp = module, call, amp
+        dtype = torch.bfloat16 if amp else next(module.parameters()).dtype
+        self.x, self.upstream = x.to(dtype).requires_grad_(), upstream.to(dtype)
+
+    def __call__(self, route: Route) -> Tensor:
+        self.x.grad = route[1].grad = None
+        self.module.zero_grad(set_to_none=True)
+        with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.amp):
+            y = self.call(self.module, self.x, *route)
+        y.backward(self.upstream.to(y.dtype))
+        return y.detach()
+
+
+def run_ours(experts: nn.Module, x: Tensor, indices: Tensor, weights: Tensor, load: Tensor):
+    return experts(x, indices, weights, load)
+
+
+def run_theirs(experts: nn.Module, x: Tensor, indices: Tensor, weights: Tensor, load: Tensor):
+    return experts(x, indices, weights)
+
+
+def run_dense(mlp: nn.Module, x: Tensor, *route: Tensor):
+    return mlp(x)
+
+
+def run_products(experts: nn.Module, x: Tensor, indices: Tensor, weights: Tensor, load: Tensor):
+    """What is left of ours without dispatch, SwiGLU and combine; rows filled up as ours are."""
+    sizes = (load + 15) // 16 * 16 if x.dtype == torch.bfloat16 else load
+    rows = x[:1].expand(int(sizes.sum()), D).contiguous()
+    wide = moe.grouped_gemm(rows, experts.gate_up_proj, sizes)
+    return moe.grouped_gemm(wide[:, :I].contiguous(), experts.down_proj, sizes)[:N]
+
+
+def verify(ours: Rival, theirs: Rival, route: Route, name: str, tol: float) -> None:
+    """Output and every gradient, each as the size of the error over the size of the thing."""
+    results = []
+    for rival in (ours, theirs):
+        y = rival(route)
+        parameters = rival.module.gate_up_proj, rival.module.down_proj
+        results.append([y, rival.x.grad, route[1].grad, *(p.grad for p in parameters)])
+    pairs = [(got.double(), want.double()) for got, want in zip(*results, strict=True)]
+    errors = torch.stack([(got - want).norm() / want.norm() for got, want in pairs])
+    check(f"{name}: output, 4 gradients = transformers", errors, torch.zeros_like(errors), tol)
+
+
+def race(rivals: dict[str, Rival], routes: list[Route]) -> dict[str, float]:
+    """Median milliseconds; the first round only warms up."""
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    for route in routes:
+        for name, rival in rivals.items():
+            begin = time.perf_counter()
+            rival(route)
+            if rival.x.is_cuda:
+                torch.cuda.synchronize(rival.x.device)
+            times[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def compare(device: torch.device, bf16: bool, rounds: int) -> None:
+    ours = moe.Experts(E, D, I, moe.grouped_gemm).to(device)
+    dense = moe.SwiGLU(D, K * I).to(device)
+    x, upstream = torch.randn(2, N, D, device=device)
+    routes = [draw_route(device) for _ in range(rounds + 1)]
+    short = "bf16" if bf16 else "fp32"
+    rivals = {
+        "ours": Rival(ours, run_ours, x, upstream, bf16),
+        "products": Rival(ours, run_products, x, upstream, bf16),
+        "dense": Rival(dense, run_dense, x, upstream, bf16),
+    }
+    for implementation in "eager", "grouped_mm":
+        theirs = make_transformers(ours, implementation)
+        if theirs is not None:
+            name = f"transformers_{implementation}"
+            rivals[name] = Rival(theirs, run_theirs, x, upstream, bf16)
+            if bf16:
+                narrow = make_transformers(ours, implementation).bfloat16()
+                rivals[f"{name}_bf16_weights"] = Rival(narrow, run_theirs, x, upstream, False)
+    theirs = [name for name in rivals if name.startswith("transformers")]
+    if theirs:
+        # bf16: a dozen roundings of 2^-9 on either side; fp32: sums in another order
+        tol = 2e-2 if bf16 else 1e-5
+        verify(rivals["ours"], rivals["transformers_eager"], routes[0], short, tol)
+    ms = race(rivals, routes)
+    for name, value in ms.items():
+        measure(f"{name}_{short}_ms", value, f"ms   {value / ms['dense']:.2f}x dense")
+    rest = ms["ours"] - ms["products"]
+    text = f"x the time of as wide a dense SwiGLU; {rest:.0f} ms are no product"
+    measure(f"moe_dense_ratio_{short}", ms["ours"] / ms["dense"], text)
+    if theirs:
+        best = min(theirs, key=ms.get)
+        measure(f"moe_ratio_{short}", ms[best] / ms["ours"], f"times as fast as {best}")
 
 
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    cli.add_argument("--device", default=default)
-    cli.add_argument("--seed", type=int, default=0)
-    cli.add_argument("--rounds", type=int, default=9)
+    cli.add_argument("--device", default=default, help="cpu, cuda, cuda:1, … (%(default)s)")
+    cli.add_argument("--seed", type=int, default=0, help="of weights and inputs (%(default)s)")
+    cli.add_argument("--rounds", type=int, default=9, help="timed, after one (%(default)s)")
     args = cli.parse_args()
-    device = torch.device(args.device)
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each backend raises a type of its own
+        cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
     torch.manual_seed(args.seed)
-    ours = chapter.Experts(E, D, I, chapter.grouped_gemm).to(device)
-    dense, others = chapter.SwiGLU(D, K * I).to(device), rivals(ours, device)
-    rounds = choices(args.rounds + 1, device)
-    x = torch.randn(N, D, device=device, requires_grad=True)
-    upstream = torch.randn(N, D, device=device)
-    for dtype in (torch.float32, torch.bfloat16):
-        bf16 = dtype is torch.bfloat16
-        name = "bf16" if bf16 else "fp32"
-
-        def step(side: str, indices: Tensor, weights: Tensor, load: Tensor, bf16=bf16) -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                if side == "dense":
-                    y = dense(x)
-                else:
-                    last = (load,) if side == "ours" else ()
-                    side = ours if side == "ours" else others[side]
-                    y = side(x, indices, weights, *last)
-            y.float().backward(upstream)
-            grad, x.grad = x.grad, None
-            for module in (ours, dense, *others.values()):
-                module.zero_grad()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            return grad
-
-        sides = ["ours", "dense", *others]
-        times: dict[str, list[float]] = {side: [] for side in sides}
-        for choice in rounds:
-            for side in sides:
-                begin = time.perf_counter()
-                step(side, *choice)
-                times[side].append(time.perf_counter() - begin)
-        if others:
-            want = step("eager", *rounds[0])
-            error = (step("ours", *rounds[0]) - want).abs().max() / want.abs().max()
-            tol = 2e-2 if bf16 else 1e-5  # relative: sums of 6 products rounded to 8 or 24 bits
-            verdict = "ok" if error <= tol else "WRONG"
-            text = f"gradient of x = transformers, {name}"
-            print(f"check    {text:<44} error {error:.1e}   tol {tol:.0e}   {verdict}")
-            if verdict != "ok":
-                raise SystemExit(1)
-        medians = {side: statistics.median(seconds[1:]) for side, seconds in times.items()}
-        mine = medians["ours"]
-        if others:
-            best = min(others, key=medians.get)
-            text = f"times the speed of {best}   {1e3 * medians[best]:.0f} / {1e3 * mine:.0f} ms"
-            print(f"measure  {'moe_ratio_' + name:<44} {medians[best] / mine:.4g} {text}")
-        text = f"times a dense layer's time   {1e3 * mine:.0f} / {1e3 * medians['dense']:.0f} ms"
-        print(f"measure  {'moe_dense_ratio_' + name:<44} {mine / medians['dense']:.4g} {text}")
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        print("skipped: transformers is not installed, only the dense rival is timed")
+    for bf16 in False, True:
+        compare(device, bf16, args.rounds)
 
 
 if __name__ == "__main__":
