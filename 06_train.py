@@ -539,7 +539,7 @@ V3 = DeepSeekConfig(
     rope_scaling=V3_YARN, max_position_embeddings=163840, num_nextn_predict_layers=1
 )  # fmt: skip
 PRESETS = {
-    "nano": (NANO, Recipe(2000, 256, 8, learning_rate=5e-3, bias_update_speed=0.003)),
+    "nano": (NANO, Recipe(1800, 256, 8, learning_rate=5e-3, bias_update_speed=0.003)),
     "mini": (MINI, Recipe(4000, 1024, 16, learning_rate=1.5e-3)),
     "small": (SMALL, Recipe(40_000, 2048, 16, accumulate=2, learning_rate=6e-4)),
     "v2-lite": (V2_LITE, None),  # trained on clusters: here for their sizes

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -33,6 +34,16 @@ def assert_close(got, want, tol=EXACT):
     assert got.shape == want.shape and got.dtype == want.dtype
     error = (got.double() - want.double()).abs().max().item() if got.numel() else 0.0
     assert error <= tol, f"error {error:.2e} > {tol:.0e}"
+
+
+@pytest.fixture(params=["blocks", "one_block", "at_once"])
+def path(request, monkeypatch):
+    """The ways through the experts: the CPU's in blocks of 8 rows or of many; the seam's."""
+    if request.param == "blocks":
+        blocks = moe._ExpertsInBlocks.blocks
+        few = staticmethod(lambda sizes: blocks(sizes, 8))
+        monkeypatch.setattr(moe._ExpertsInBlocks, "blocks", few)
+    return moe.grouped_gemm if request.param == "at_once" else None
 
 
 def layer(D=20, I=12, E=16, K=4, shared=1, dtype=torch.float64, **router):
@@ -64,9 +75,9 @@ def chosen(indices, E=16):
 @pytest.mark.parametrize(
     "B, T, E, K", [(1, 1, 16, 4), (2, 9, 16, 4), (3, 5, 8, 1), (1, 7, 8, 4)], ids=str
 )
-def test_layer_is_the_loops(variant, B, T, E, K):
+def test_layer_is_the_loops(path, variant, B, T, E, K):
     """Output, balance loss and every gradient."""
-    mixture, x = layer(E=E, K=K, **VARIANTS[variant]), tokens(B, T, 20)
+    mixture, x = layer(E=E, K=K, grouped_gemm=path, **VARIANTS[variant]), tokens(B, T, 20)
     got, (want, loss) = mixture(x), moe.moe_reference(mixture, x)
     assert_close(got, want)
     assert_close(mixture.balance_loss, loss)
@@ -123,10 +134,12 @@ def assert_same_as(theirs, mixture, tol):
 
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "raw"])
 @pytest.mark.parametrize("n_group, topk_group, shared", [(4, 2, 1), (8, 3, 2), (1, 1, 1)], ids=str)
-def test_layer_is_transformers_deepseek_v3(n_group, topk_group, shared, norm):
+def test_layer_is_transformers_deepseek_v3(path, n_group, topk_group, shared, norm):
     theirs = transformers_v3(20, 12, 16, 4, shared, n_group, topk_group, 2.5, norm)
     groups = dict(n_group=n_group, topk_group=topk_group)
-    mixture = layer(shared=shared, routed_scaling_factor=2.5, norm_topk_prob=norm, **groups)
+    mixture = layer(
+        shared=shared, routed_scaling_factor=2.5, norm_topk_prob=norm, grouped_gemm=path, **groups
+    )
     # its router works in fp32 whatever the weights: 24 bits, on outputs of size 1
     assert_same_as(theirs, mixture, 1e-5)
 
@@ -145,8 +158,8 @@ def test_order_of_tokens_does_not_matter():
     assert_close(mixture(x[:, order]), mixture(x)[:, order])
 
 
-def test_any_leading_axes():
-    mixture, x = layer(**V3), tokens(2, 6, 20)
+def test_any_leading_axes(path):
+    mixture, x = layer(grouped_gemm=path, **V3), tokens(2, 6, 20)
     want, loss = mixture(x), mixture.balance_loss
     assert_close(mixture(x.flatten(0, 1)), want.flatten(0, 1))  # one sequence of 12
     assert mixture.balance_loss.shape == ()
@@ -155,8 +168,8 @@ def test_any_leading_axes():
     assert mixture(x[:, :0]).shape == (2, 0, 20) and mixture.load.sum() == 0
 
 
-def test_no_token_is_dropped():
-    mixture, x = layer(E=16, K=2), tokens(4, 32, 20)
+def test_no_token_is_dropped(path):
+    mixture, x = layer(E=16, K=2, grouped_gemm=path), tokens(4, 32, 20)
     mixture.gate.e_score_correction_bias[3:5] += 10
     got, (want, _) = mixture(x), moe.moe_reference(mixture, x)
     assert_close(got, want)
@@ -353,8 +366,8 @@ def test_load_counts_the_chosen():
     assert mixture.load.tolist() == chosen(indices).sum(0).int().tolist()
 
 
-def test_recomputation_counts_nothing_twice():
-    mixture, x = layer(**V3), tokens(2, 9, 20)
+def test_recomputation_counts_nothing_twice(path):
+    mixture, x = layer(grouped_gemm=path, **V3), tokens(2, 9, 20)
     y = mixture(x)
     load, want_loss = mixture.load, mixture.balance_loss
     want = gradients(y.square().sum() + 7 * want_loss, mixture, x)
@@ -477,39 +490,69 @@ def test_grouped_gemm_under_autocast_is_linear_under_autocast():
 
 
 @pytest.mark.parametrize("skew", [0.0, 2.0], ids=["even", "skewed"])
-def test_filled_up_rows_of_bf16_change_nothing(skew):
+def test_filled_up_rows_of_bf16_change_nothing(path, skew):
     """The whole batch (rows filled up to 16) = its tokens a few at a time (rows as they are)."""
-    mixture = layer(D=32, E=16, K=4, dtype=torch.bfloat16)
-    exact, x = copy.deepcopy(mixture).double(), torch.randn(128, 32).bfloat16()
+    mixture = layer(D=32, E=16, K=4, dtype=torch.bfloat16, grouped_gemm=path)
     mixture.gate.e_score_correction_bias[:5] += skew
-    exact.gate.e_score_correction_bias.copy_(mixture.gate.e_score_correction_bias)
+    exact, x = copy.deepcopy(mixture).double(), torch.randn(128, 32).bfloat16()
     x[0] = 100.0  # the token that a filled-up row repeats
-    whole, few, reference = (
-        x.to(dtype).requires_grad_() for dtype in (torch.bfloat16, torch.bfloat16, torch.float64)
-    )
-    calls = []
-
-    def spy(rows, weight, sizes):
-        calls.append(sizes)
-        return moe.grouped_gemm(rows, weight, sizes)
-
-    mixture.experts.grouped_gemm = spy
-    got = mixture(whole)
-    assert (calls[0] % 16 == 0).all() and calls[0].sum() > 128 * 4
-    want = torch.cat([mixture(part) for part in few.split(32)])
-    assert calls[-1].sum() == 32 * 4
-    assert_close(got, want, 2**-3)  # one step of bf16 at the 30 that token 0 brings
+    dtypes = torch.bfloat16, torch.bfloat16, torch.float64
+    whole, few, wide = (x.to(dtype).requires_grad_() for dtype in dtypes)
+    got, want = mixture(whole), torch.cat([mixture(part) for part in few.split(32)])
+    assert_close(got, want, 2**-2)  # a step of bf16 at the 60 that token 0 reaches
     assert (got - want)[1:].abs().max() <= 2**-6
-    exact_y = exact(reference)
     upstream = torch.randn_like(got)
     ours = gradients((got * upstream).sum(), mixture, whole)
-    for name, gradient in gradients((exact_y * upstream).sum(), exact, reference).items():
+    for name, gradient in gradients((exact(wide) * upstream).sum(), exact, wide).items():
         error = (ours[name].double() - gradient).norm() / gradient.norm()
-        assert error < 0.02, name  # 2^-9 a rounding, a dozen roundings
+        assert error < 0.02, name  # a dozen roundings of 2^-9
 
 
-def test_autocast_is_near_float64():
-    mixture, x = layer(D=32, **V3, dtype=torch.float32), tokens(2, 100, 32, dtype=torch.float32)
+@pytest.mark.parametrize("N, filled", [(128, True), (64, False)])
+def test_rows_are_filled_up_where_it_pays(N, filled):
+    sizes = []
+
+    def spy(rows, weight, counts):
+        sizes.append(counts)
+        return moe.grouped_gemm(rows, weight, counts)
+
+    layer(dtype=torch.bfloat16, grouped_gemm=spy)(torch.randn(N, 20).bfloat16())
+    assert all((counts % 16 == 0).all() == filled for counts in sizes)
+    assert all((counts.sum() == N * 4) != filled for counts in sizes)
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes=st.lists(st.integers(0, 20), min_size=1, max_size=12), rows=st.integers(1, 40))
+def test_blocks_are_all_experts_once(sizes, rows):
+    experts, covered = [], []
+    for e, r in moe._ExpertsInBlocks.blocks(sizes, rows):
+        experts += range(len(sizes))[e]
+        covered += range(sum(sizes))[r]
+        assert r.stop - r.start == sum(sizes[e])
+        assert e.stop == len(sizes) or sum(sizes[e][:-1]) < rows <= sum(sizes[e])
+    assert experts == list(range(len(sizes))) and covered == list(range(sum(sizes)))
+
+
+@pytest.mark.parametrize("E, K", [(4, 2), (6, 1)])
+def test_experts_gradcheck(path, E, K):
+    experts = moe.Experts(E, 3, 2, path).double()
+    x, weights = tokens(5, 3), torch.rand(5, K, dtype=torch.float64, requires_grad=True)
+    indices = torch.rand(5, E).topk(K).indices
+    load = indices.flatten().bincount(minlength=E)
+    stacks = experts.gate_up_proj, experts.down_proj
+
+    def call(x, weights, *stacks):
+        named = dict(zip(("gate_up_proj", "down_proj"), stacks, strict=True))
+        return functional_call(experts, named, (x, indices, weights, load))
+
+    assert torch.autograd.gradcheck(call, (x, weights, *stacks))
+
+
+def test_autocast_is_near_float64(path):
+    mixture, x = (
+        layer(D=32, grouped_gemm=path, **V3, dtype=torch.float32),
+        tokens(2, 100, 32, dtype=torch.float32),
+    )
     exact = copy.deepcopy(mixture).double()
     x2 = x.detach().double().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
