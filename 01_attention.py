@@ -351,7 +351,7 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def tiled_attention(
-    q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, mask=None, block=128
+    q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, mask=None, block=64
 ) -> Tensor:
     """Attention by tiles of queries, in the width of its input, forward and backward.
 

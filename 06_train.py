@@ -240,7 +240,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     is (softmax − onehot), so forward multiplies it into both operands and forgets the slice.
     """
 
-    ROWS = 512
+    ROWS = 256
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, with_gradient=True):
