@@ -31,7 +31,7 @@ a router left alone does the opposite: who is chosen improves, and who is better
     G     n_group                   4  8       the K lie in topk_group = 2 (V3: 4) of G groups
     I     moe_intermediate_size    24  2048    and n_shared_experts = 1, that every token visits
 
-Run:  python 03_moe_router.py [--bench]          15 s on two CPU cores, 40 s with --bench
+Run:  python 03_moe_router.py [--bench]          16 s on one CPU core, 21 s with --bench
 """
 
 import argparse
@@ -90,7 +90,8 @@ def moe_reference(moe: "MoE", x: Tensor) -> tuple[Tensor, Tensor]:
 
 # %% 2. The piece ----------------------------------------------------------------------------
 # Tokens are sorted by expert, so that each expert's are neighbours: then a layer is two grouped
-# products, whatever the load, and no token is ever dropped.
+# products, whatever the load, and no token is ever dropped. On a CPU these go through memory a few
+# experts at a time, by hand; else autograd puts them together, and `grouped_gemm` may be a kernel.
 
 
 # >>> copy: Router, SwiGLU, MoE, grouped_gemm, sequence_balance_loss, max_violation (needs torch)
@@ -185,8 +186,8 @@ class Router(nn.Module):
         if bias is None or load.shape != bias.shape:
             want = "no bias" if bias is None else f"a bias of {len(bias)} experts"
             raise ValueError(f"{self.topk_method} has {want}, the load is {tuple(load.shape)}")
-        load = load.to(bias.device, torch.float64)  # fp32 would round counts past 2^24
-        step = (load.mean() - load).sign().to(bias.dtype)
+        load = load.to(bias.device)
+        step = (load.sum() - len(load) * load).sign().to(bias.dtype)  # in integers: no rounding
         bias += gamma * (step - step.mean() if center else step)
 
 
@@ -288,9 +289,11 @@ class _Combine(torch.autograd.Function):
 
 
 class _ExpertsInBlocks(torch.autograd.Function):
-    """Some experts at a time, all the way from x to y: their rows stay in cache, and in memory that
-    is used again. In one go every step between takes fresh memory: 50 MB for 4096 tokens of width
-    512 in fp32, and on a CPU its page faults cost a fifth of the time."""
+    """Some experts at a time, all the way from x to y, in memory that the next ones use again.
+
+    All at once, each step between would take fresh memory (50 MB for 4096 tokens of width 512 and 6
+    experts each, in fp32), and a fifth of the time would be its page faults.
+    """
 
     @staticmethod
     def blocks(sizes: list[int], rows: int = 2048):
@@ -379,9 +382,8 @@ class Experts(nn.Module):
         row_weights = weights.new_zeros(P).scatter(0, row_of_pair, weights.flatten()).to(x.dtype)
         # w·(W h) = W (w·h): the weight meets the narrow side, and combine is a plain sum
         if kind == "cpu" and self.grouped_gemm is None:
-            with torch.autocast(kind, enabled=False):
-                stacks = self.gate_up_proj, self.down_proj
-                return _ExpertsInBlocks.apply(x, row_weights, *stacks, token_of_row, sizes.tolist())
+            stacks = self.gate_up_proj, self.down_proj
+            return _ExpertsInBlocks.apply(x, row_weights, *stacks, token_of_row, sizes.tolist())
         product, routes = self.grouped_gemm or grouped_gemm, (token_of_row, row_of_pair.view(N, K))
         rows = _Dispatch.apply(x, *routes)  # (P, D)
         gate, up = product(rows, self.gate_up_proj, sizes).chunk(2, -1)  # (P, I) each
@@ -445,10 +447,10 @@ def sequence_balance_loss(scores: Tensor, indices: Tensor) -> Tensor:
 def max_violation(load: Tensor) -> Tensor:
     """(max − mean) / mean over the last axis (arXiv:2408.15664, eq. 4): 0 is even.
 
-    load: (..., E) tokens of each expert -> (...) float64. E/K − 1 if all tokens choose the same K.
+    load: (..., E) tokens of each expert -> (...) fp32. E/K − 1 if all tokens choose the same K.
     """
-    mean = load.double().mean(-1)
-    return (load.double().amax(-1) - mean) / mean
+    mean = load.float().mean(-1)
+    return (load.amax(-1) - mean) / mean
 
 
 # <<< copy
@@ -506,15 +508,13 @@ def verify_layer(device: torch.device) -> None:
         # 7 is an α that no gradient can hide behind
         got_gradients = gradients((got * upstream).sum() + 7 * moe.balance_loss, moe, x)
         want_gradients = gradients((want * upstream).sum() + 7 * loss, moe, x)
-        check(
-            f"{name} every gradient = autograd's of the loops", got_gradients, want_gradients, 1e-10
-        )
-    x = torch.randn(2, 1024, 32, dtype=torch.float64).to(device).requires_grad_()  # 5 blocks
-    want = moe(x)
+        check(f"{name} every gradient = the loops'", got_gradients, want_gradients, 1e-10)
+    x = torch.randn(2, 1024, 32, dtype=torch.float64).to(device).requires_grad_()
+    want = moe(x)  # on a CPU in a few blocks of experts
     want_gradients = gradients(want.square().sum(), moe, x)
     moe.experts.grouped_gemm = grouped_gemm
     got = moe(x)
-    check("all experts at once = some at a time", got, want, EXACT)
+    check("some experts at a time = all at once", got, want, EXACT)
     # sums over 2048 tokens of outputs as large as V2's factor of 16 makes them
     check("and every gradient", gradients(got.square().sum(), moe, x), want_gradients, 1e-8)
 
@@ -571,6 +571,7 @@ def verify_balance(device: torch.device) -> None:
     check("after 400 updates of its bias MaxVio is 0", max_violation(load()), 0 * one, 0.2)
 
 
+@torch.no_grad()
 def verify_sizes(device: torch.device) -> None:
     """Narrow products, and V3's own layer without its memory."""
     moe = layer(device, torch.float32, **V3)
@@ -578,8 +579,8 @@ def verify_sizes(device: torch.device) -> None:
     want = moe(x)
     with torch.autocast(device.type, torch.bfloat16):
         got = moe(x)
-    scale = want.std()  # a dozen roundings of 2^-9, on values of up to 5 σ
-    check("bf16 autocast = fp32, in standard deviations", got / scale, want / scale, 0.1)
+    scale = want.std()  # a dozen roundings of 2^-9, on values of up to 8 σ
+    check("bf16 autocast = fp32, in standard deviations", got / scale, want / scale, 0.2)
     with torch.device("meta"):
         moe = MoE(7168, 2048, 256, 8)
     stored = sum(t.numel() for t in moe.state_dict().values())
@@ -592,6 +593,12 @@ def verify_sizes(device: torch.device) -> None:
 # Tokens of 64 kinds, each kind with a linear map of its own to learn, the k-th kind 1/k as frequent
 # (Zipf), and all of them sharing one large component, as the hidden states of a language model do.
 # That component decides whom an untrained router likes: the same experts for every token.
+#
+# Seeds 0 to 4 on a CPU: without balancing MaxVio ends between 3.7 and 7.0, with α = 0.01 between
+# 0.9 and 2.7, with α = 0.1 between 0.06 and 0.66, with the bias between 0.04 and 0.09. None at all
+# costs 8 to 57 % more loss than the bias. But the bias's loss lies from 5 % under to 21 % over that
+# of α = 0.1: in so small a world the bias saves the search for α and nothing more. At 1B parameters
+# [2] found a perplexity of 9.50 with the bias, 9.56 with α = 0.001.
 
 
 def skewed_data(seed: int, kinds: int = 64, D: int = 32) -> Callable:
@@ -617,8 +624,10 @@ def skewed_data(seed: int, kinds: int = 64, D: int = 32) -> Callable:
 def train(
     device: torch.device, seed: int, alpha: float, gamma: float, steps: int = 600
 ) -> tuple[list[float], list[float], Tensor, float]:
-    """A layer of 16 experts, top 2, on 512 tokens a step -> (MaxVio, loss) of each step, then the
-    load and the loss on 8192 held-out tokens. Both the learning rate and γ fall to 0 at the end."""
+    """16 experts, top 2, 512 tokens a step -> MaxVio, loss of every step; held-out load, loss.
+
+    The learning rate and γ fall to 0 over the last 30 % of the steps (V3's γ: 0 at the end).
+    """
     draw = skewed_data(seed)
     heldout = [t.to(device) for t in draw(8192)]
     torch.manual_seed(seed)
