@@ -235,7 +235,7 @@ class GroupedQueryAttention(nn.Module):
 # shrink both when a larger score turns up.
 
 
-# >>> copy: online_softmax_attention, flash_attention (needs torch)
+# >>> copy: online_softmax_attention, flash_attention, tiled_attention (needs torch)
 def online_softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, mask=None, block=128
 ) -> Tensor:
@@ -267,6 +267,17 @@ def online_softmax_attention(
     return (out / row_sum).flatten(1, 2).to(q.dtype)  # (B, H, T, V)
 
 
+def fitting(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor | None:
+    """The mask as (B, H, T, S); ValueError with the shapes when the arguments do not fit."""
+    (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
+    if H % G or k.shape != (B, G, S, D) or v.shape[:3] != (B, G, S):
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"want (B, H, T, D), (B, G, S, D), (B, G, S, V), H % G = 0; got {shapes}")
+    if causal and mask is None and T > S:
+        raise ValueError(f"causal: {T} queries are more than {S} keys, the first would see nothing")
+    return None if mask is None else mask.expand(B, H, T, S)
+
+
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, mask=None, block=128
 ) -> Tensor:
@@ -278,15 +289,7 @@ def flash_attention(
     This is the PyTorch twin that a Triton kernel will stand beside: same arithmetic, any device.
     It is not fast, and autograd keeps the weights of every tile, which a kernel would recompute.
     """
-    (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
-    if H % G or k.shape != (B, G, S, D) or v.shape[:3] != (B, G, S):
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise ValueError(f"want (B, H, T, D), (B, G, S, D), (B, G, S, V), H % G = 0; got {shapes}")
-    if causal and mask is None and T > S:
-        raise ValueError(f"causal: {T} queries are more than {S} keys, the first would see nothing")
-    if mask is not None:
-        mask = mask.expand(B, H, T, S)
-    tiles = []
+    mask, T, S, tiles = fitting(q, k, v, causal, mask), q.shape[2], k.shape[2], []
     for start in range(0, T, block):
         stop = min(start + block, T)
         seen = S - T + stop if causal and mask is None else S  # past it the diagonal hides all keys
@@ -296,14 +299,12 @@ def flash_attention(
     return torch.cat(tiles, dim=2)
 
 
-# <<< copy
 # The same tiles for training where there is no GPU kernel. A tile's scores (block × S) are few: it
 # takes all its keys at once, and backward computes the scores again instead of keeping them.
 
 
-# >>> copy: tiled_attention (needs torch)
 class _TiledAttention(torch.autograd.Function):
-    """One tile a step: t queries of R = H/G heads (B, G, R·t, D) against the keys they may see."""
+    """One tile a step: t queries of H/G heads against the s keys they may see."""
 
     @staticmethod
     def tiles(q: Tensor, k: Tensor, causal: bool, scale: float, mask: Tensor | None, block: int):
@@ -312,15 +313,15 @@ class _TiledAttention(torch.autograd.Function):
         for start in range(0, T, block):
             rows = slice(start, min(start + block, T))
             t, seen = rows.stop - start, S - T + rows.stop if causal else S
-            q_tile = q[:, :, rows].reshape(B, G, -1, q.shape[-1])  # (B, G, R·t, D)
-            scores = (q_tile @ k[:, :, :seen].mT).view(B, H, t, seen)
+            q_tile = q[:, :, rows].reshape(B, G, -1, q.shape[-1])  # (B, G, H/G·t, D)
+            scores = (q_tile @ k[:, :, :seen].mT).mul_(scale).view(B, H, t, seen)  # (B, H, t, s)
             if mask is not None:
                 scores.masked_fill_(~mask[:, :, rows], float("-inf"))
             elif causal:  # the diagonal crosses only the last t keys
                 later = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
                 scores[..., -t:].masked_fill_(later, float("-inf"))
-            weights = scores.mul_(scale).softmax(-1)  # sums in fp32 whatever the width
-            yield rows, seen, weights.view(B, G, -1, seen)
+            weights = scores.softmax(-1)  # sums in fp32 whatever the width
+            yield rows, seen, weights.view(B, G, -1, seen)  # (B, G, H/G·t, s)
 
     @staticmethod
     def forward(ctx, q, k, v, *settings):
@@ -344,7 +345,7 @@ class _TiledAttention(torch.autograd.Function):
                 x[:, :, rows].reshape(B, G, -1, x.shape[-1]) for x in (q, grad, inner)
             )
             dv[:, :, :seen] += weights.mT @ do
-            ds = (do @ v[:, :, :seen].mT).sub_(oo).mul_(weights).mul_(scale)  # of q·k: (…, seen)
+            ds = (do @ v[:, :, :seen].mT).sub_(oo).mul_(weights).mul_(scale)  # of q·k: (…, s)
             dq[:, :, rows] = (ds @ k[:, :, :seen]).view_as(dq[:, :, rows])
             dk[:, :, :seen] += ds.mT @ q_tile
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
@@ -356,14 +357,13 @@ def tiled_attention(
     """Attention by tiles of queries, in the width of its input, forward and backward.
 
     q: (B, H, T, D), k: (B, G, S, D), v: (B, G, S, V), G divides H -> (B, H, T, V) in q's dtype.
-    causal and mask as `attention`. It holds block × S weights a head at a time; backward makes them
-    again (arXiv:2205.14135, algorithm 4). Under autocast it takes autocast's dtype, as SDPA does.
+    causal and mask as in flash_attention. It holds block × S weights a head at a time; backward
+    makes them again (arXiv:2205.14135, algorithm 4). Under autocast in its dtype, as SDPA.
     """
     kind = q.device.type
     if torch.is_autocast_enabled(kind):
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
-    if mask is not None:
-        mask = mask.expand(*q.shape[:3], k.shape[2])
+    mask = fitting(q, k, v, causal, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(kind, enabled=False):
         return _TiledAttention.apply(q, k, v, causal and mask is None, scale, mask, block)
@@ -535,6 +535,21 @@ def race(tasks: dict[str, Callable], device: torch.device, rounds: int = 9) -> d
     return {name: statistics.median(values[1:]) for name, values in times.items()}  # [0]: warm-up
 
 
+def bench_training(device: torch.device) -> None:
+    """Forward and backward in bf16 at 06's nano size, where values are narrower than keys."""
+    shapes = (8, 4, 256, 48), (8, 4, 256, 48), (8, 4, 256, 32)
+    inputs = [torch.randn(s, device=device, dtype=torch.bfloat16).requires_grad_() for s in shapes]
+    upstream = torch.randn_like(inputs[2])
+
+    def step(function: Callable) -> None:
+        torch.autograd.grad(function(*inputs), inputs, upstream)
+
+    ms = race({f.__name__: partial(step, f) for f in (tiled_attention, torch_attention)}, device)
+    for name, value in ms.items():
+        ratio = f"{value / ms['torch_attention']:.2f}x SDPA"
+        measure(f"train_{name}_ms", value, f"ms   {ratio}   B=8 H=4 T=256 D=48 V=32 bf16")
+
+
 @torch.no_grad()
 def bench(device: torch.device) -> None:
     """One forward pass of attention; then one decoded token with the cache and without."""
@@ -594,6 +609,7 @@ def main() -> None:
     experiment(args.out / "01_attention.png")
     if args.bench:
         bench(device)
+        bench_training(device)
 
 
 if __name__ == "__main__":

@@ -292,7 +292,7 @@ class _ExpertsInBlocks(torch.autograd.Function):
     """Some experts at a time, all the way from x to y, in memory that the next ones use again.
 
     All at once, each step between would take fresh memory (50 MB for 4096 tokens of width 512 and 6
-    experts each, in fp32), and a fifth of the time would be its page faults.
+    experts each, in fp32), which has to be paged in. rows P are those of all blocks together.
     """
 
     @staticmethod
@@ -311,8 +311,8 @@ class _ExpertsInBlocks(torch.autograd.Function):
         y, saved = torch.zeros_like(x, dtype=wide), []
         for e, r in _ExpertsInBlocks.blocks(sizes):
             token = token_of_row[r]
-            gate_up = _products(x.index_select(0, token), gate_up_proj[e], sizes[e])
-            gate, up = gate_up.chunk(2, -1)
+            gate_up = _products(x.index_select(0, token), gate_up_proj[e], sizes[e])  # (rows, 2I)
+            gate, up = gate_up.chunk(2, -1)  # (rows, I) each
             hidden = F.silu(gate).mul_(up).mul_(row_weights[r, None])
             y.index_add_(0, token, _products(hidden, down_proj[e], sizes[e]).to(wide))
             saved.append(gate_up)
@@ -333,14 +333,14 @@ class _ExpertsInBlocks(torch.autograd.Function):
             token, sizes, w = token_of_row[r], ctx.sizes[e], row_weights[r, None]
             gate, up = gate_up.chunk(2, -1)
             silu = F.silu(gate)
-            product = silu * up
+            product = silu * up  # (rows, I)
             d_hidden = _products_backward(
                 grad.index_select(0, token), product * w, down_proj[e], sizes, d_down_proj[e]
             )
-            d_weights[r] = (d_hidden * product).sum(-1)
+            d_weights[r] = (d_hidden * product).sum(-1)  # (rows,)
             d_product = d_hidden.mul_(w)
             d_gate = torch.ops.aten.silu_backward(d_product * up, gate)
-            d_gate_up = torch.cat((d_gate, silu.mul_(d_product)), -1)
+            d_gate_up = torch.cat((d_gate, silu.mul_(d_product)), -1)  # (rows, 2I)
             rows = x.index_select(0, token)
             d_rows = _products_backward(d_gate_up, rows, gate_up_proj[e], sizes, d_gate_up_proj[e])
             dx.index_add_(0, token, d_rows.to(dx.dtype))

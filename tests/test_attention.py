@@ -473,6 +473,7 @@ def test_append_refuses(k, v):
     ],
     ids=["heads", "widths", "v_shorter", "more_queries_than_keys"],
 )
-def test_flash_attention_refuses(shapes):
-    with pytest.raises(ValueError, match="4|6"):
-        attn.flash_attention(*(torch.randn(shape) for shape in shapes))
+@pytest.mark.parametrize("function", BLOCKED[1:], ids=lambda f: f.__name__)
+def test_function_refuses(function, shapes):
+    with pytest.raises(ValueError, match="want .* got|6 queries are more than 5 keys"):
+        function(*(torch.randn(shape) for shape in shapes))
