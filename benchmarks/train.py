@@ -63,7 +63,11 @@ def main() -> None:
         return
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    device = torch.device(args.device)
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each backend raises a type of its own
+        cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
     torch.manual_seed(args.seed)
     config, recipe = chapter.PRESETS["nano"]
     ours = chapter.DeepSeek(config).to(device).train()
