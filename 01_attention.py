@@ -313,13 +313,15 @@ class _TiledAttention(torch.autograd.Function):
         for start in range(0, T, block):
             rows = slice(start, min(start + block, T))
             t, seen = rows.stop - start, S - T + rows.stop if causal else S
-            q_tile = q[:, :, rows].reshape(B, G, -1, q.shape[-1])  # (B, G, H/G·t, D)
-            scores = (q_tile @ k[:, :, :seen].mT).mul_(scale).view(B, H, t, seen)  # (B, H, t, s)
+            q_tile = q[:, :, rows].reshape(B * G, -1, q.shape[-1])  # (B·G, H/G·t, D)
+            k_seen = k[:, :, :seen].flatten(0, 1)  # (B·G, s, D)
+            # beta=0: what the first argument holds is never read
+            scores = torch.baddbmm(q.new_empty(()), q_tile, k_seen.mT, beta=0, alpha=scale)
+            scores = scores.view(B, H, t, seen)  # (B, H, t, s)
             if mask is not None:
                 scores.masked_fill_(~mask[:, :, rows], float("-inf"))
             elif causal:  # the diagonal crosses only the last t keys
-                later = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
-                scores[..., -t:].masked_fill_(later, float("-inf"))
+                scores[..., -t:] += q.new_full((t, t), float("-inf")).triu(1)
             weights = scores.softmax(-1)  # sums in fp32 whatever the width
             yield rows, seen, weights.view(B, G, -1, seen)  # (B, G, H/G·t, s)
 
@@ -329,25 +331,25 @@ class _TiledAttention(torch.autograd.Function):
         out = q.new_empty(*q.shape[:3], v.shape[-1])  # (B, H, T, V)
         for rows, seen, weights in _TiledAttention.tiles(q, k, *settings):
             out[:, :, rows] = (weights @ v[:, :, :seen]).view_as(out[:, :, rows])
-        ctx.save_for_backward(q, k, v, out)
+        ctx.save_for_backward(q, k, v)
         ctx.settings = settings
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, out = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors
         B, G, scale = *k.shape[:2], ctx.settings[1]
         wide = torch.promote_types(k.dtype, torch.float32)  # summed over the tiles
         dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))
-        inner = (grad * out).sum(-1, keepdim=True)  # Σⱼ pᵢⱼ·dpᵢⱼ = doᵢ·oᵢ: (B, H, T, 1)
         for rows, seen, weights in _TiledAttention.tiles(q, k, *ctx.settings):
-            q_tile, do, oo = (
-                x[:, :, rows].reshape(B, G, -1, x.shape[-1]) for x in (q, grad, inner)
-            )
+            q_tile, do = (x[:, :, rows].reshape(B, G, -1, x.shape[-1]) for x in (q, grad))
             dv[:, :, :seen] += weights.mT @ do
-            ds = (do @ v[:, :, :seen].mT).sub_(oo).mul_(weights).mul_(scale)  # of q·k: (…, s)
-            dq[:, :, rows] = (ds @ k[:, :, :seen]).view_as(dq[:, :, rows])
+            dp = do @ v[:, :, :seen].mT  # (B, G, H/G·t, s)
+            # (dp − Σⱼ pⱼ·dpⱼ)·p, in one pass and in fp32
+            ds = torch.ops.aten._softmax_backward_data(dp, weights, -1, dp.dtype)
+            dq[:, :, rows] = (ds @ k[:, :, :seen]).mul_(scale).view_as(dq[:, :, rows])
             dk[:, :, :seen] += ds.mT @ q_tile
+        dk *= scale
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 

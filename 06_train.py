@@ -249,19 +249,21 @@ class LinearCrossEntropy(torch.autograd.Function):
         total, weight = dw.new_zeros(()), weight.to(hidden.dtype)
         # written again for every slice: fresh memory would have to be paged in each time
         scores = torch.empty(min(rows, len(hidden)), len(weight), dtype=wide, device=dw.device)
-        products, dw_part = torch.empty_like(scores, dtype=hidden.dtype), torch.empty_like(weight)
+        products = torch.empty_like(scores, dtype=hidden.dtype)
+        dw_slice, dw_wide = torch.empty_like(weight), torch.empty_like(dw)
         slices = (t.split(rows) for t in (hidden, labels[:, None], dh))
         for h, label, dh_out in zip(*slices, strict=True):
             product, s = products[: len(h)], scores[: len(h)]  # (rows, V)
             s.copy_(torch.mm(h, weight.T, out=product))
-            log_probs = torch.log_softmax(s, -1, out=s)
-            total -= log_probs.gather(1, label).sum()
+            best, at_label = s.amax(-1), s.gather(1, label).sum()
+            probs = torch.softmax(s, -1, out=s)
+            # ln Σ exp sⱼ = best − ln p(best): no second exp, and p(best) is never below 1/V
+            total += (best - probs.amax(-1).log()).sum() - at_label
             if not with_gradient:
                 continue
-            probs = log_probs.exp_()
             product.copy_(probs.scatter_add_(1, label, probs.new_full(label.shape, -1.0)))
             torch.mm(product, weight, out=dh_out)
-            dw += torch.mm(product.T, h, out=dw_part)
+            dw += dw_wide.copy_(torch.mm(product.T, h, out=dw_slice))
         ctx.save_for_backward(dh, dw)
         return total
 
