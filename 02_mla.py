@@ -238,11 +238,12 @@ def mla_decode(
     """
     H, rows = q.shape[1], q.to(entries.dtype).flatten(1, 2)  # (B, H·T, L + R)
     # Entries on the left: a CPU takes six times as long over 16 bf16 rows times a long transpose.
-    scores = (entries @ rows.mT).mT.unflatten(1, (H, -1))  # (B, H, T, S)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    # beta=0: what the first argument holds is never read. alpha scales before a bf16 score rounds.
+    scores = torch.baddbmm(rows.new_empty(()), entries, rows.mT, beta=0, alpha=scale)
+    scores = scores.mT.unflatten(1, (H, -1))  # (B, H, T, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(-1).to(entries.dtype).flatten(1, 2)  # (B, H·T, S)
+    weights = scores.softmax(-1).flatten(1, 2)  # (B, H·T, S): summed in fp32 whatever the width
     out = weights @ entries  # (B, H·T, L + R): the R are wasted, but slicing first would copy
     return out[..., :kv_lora_rank].unflatten(1, (H, -1))  # (B, H, T, L)
 
@@ -350,7 +351,8 @@ class MultiHeadLatentAttention(nn.Module):
         B, H, T, _ = q_nope.shape
         w = self.kv_b_proj.weight.to(q_nope.dtype).unflatten(0, (H, -1))  # (H, N + V, L)
         w_uk, w_uv = w.split(self.kv_split, 1)  # (H, N, L), (H, V, L)
-        q_latent = torch.einsum("BHTN,HNL->BHTL", q_nope, w_uk)
+        q_latent = q_nope.transpose(0, 1).flatten(1, 2) @ w_uk  # (H, B·T, L)
+        q_latent = q_latent.unflatten(1, (B, T)).transpose(0, 1)  # (B, H, T, L)
         q = torch.cat((q_latent, q_rope), -1)  # (B, H, T, L + R)
         mixed = mla_decode(q, entries, self.latent_split[0], self.scale, mask)  # (B, H, T, L)
         by_head = mixed.to(q.dtype).transpose(0, 1).flatten(1, 2)  # (H, B·T, L)
@@ -567,10 +569,9 @@ def race(tasks: dict[str, Callable], device: torch.device, rounds: int = 9) -> d
 
 def matmul_attention(q, k, v, causal=True, scale=None, mask=None, keys_left=False) -> Tensor:
     """One query token, q: (B, H, 1, D), by two products; keys_left is what `mla_decode` does."""
-    q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, G, H/G, D)
-    scores = (k @ q.mT).mT if keys_left else q @ k.mT  # (B, G, H/G, S)
-    weights = (scores.float() * (scale or q.shape[-1] ** -0.5)).softmax(-1)
-    return (weights.to(v.dtype) @ v).flatten(1, 2).unsqueeze(2)  # (B, H, 1, V)
+    q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3) * (scale or q.shape[-1] ** -0.5)
+    scores = (k @ q.mT).mT if keys_left else q @ k.mT  # (B, G, H/G, S), q: (B, G, H/G, D)
+    return (scores.softmax(-1) @ v).flatten(1, 2).unsqueeze(2)  # (B, H, 1, V)
 
 
 RIVALS = {  # which is fastest depends on dtype, heads and context: each kind of head takes its best

@@ -626,14 +626,14 @@ def test_mla_decode_is_multi_query_attention(T, masked):
     assert_close(got, attn.attention(q, k, k[..., :5], causal=False, scale=0.4, mask=mask))
 
 
-def test_mla_decode_scales_and_sums_in_fp32():
-    """Whole numbers, so that bf16 scores are exact: what is left is the weights' rounding."""
+def test_mla_decode_rounds_a_score_once_and_sums_in_fp32():
+    """Whole numbers, so that products are exact in bf16: scaling alone rounds, and once."""
     q = torch.randint(-2, 3, (1, 4, 1, 12)).bfloat16()
     entries = torch.randint(-1, 2, (1, 600, 12)).bfloat16()
-    k = entries[:, None].double()
     got = mla.mla_decode(q, entries, 10, 0.9)
-    want = attn.attention(q.double(), k, k[..., :10], causal=False, scale=0.9)
-    # half a step of 8 bits for weights and for the result; scaled in bf16, logits of 16 show 2^-5
+    scores = (0.9 * (q.double() @ entries[:, None].double().mT)).bfloat16().double()
+    want = scores.softmax(-1) @ entries[:, None, :, :10].double()
+    # half a step of 8 bits for weights and for the result; rounded twice, logits of 16 show 2^-5
     assert (got.double() - want).abs().max() <= 2 * 2**-9
 
 
