@@ -71,6 +71,7 @@ from tqdm import tqdm
 attn = import_module("01_attention")  # tiled_attention
 mla = import_module("02_mla")  # MultiHeadLatentAttention, LatentCache
 moe = import_module("03_moe_router")  # MoE, SwiGLU, max_violation
+mtp = import_module("05_mtp")  # MTPModule, mtp_loss, probabilities, speculative_generate
 
 # %% 1. The config: a released config.json, field by field -----------------------------------
 
@@ -117,7 +118,7 @@ class DeepSeekConfig:
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.006  # [1] §4.2; the released files say 0.02
-    num_nextn_predict_layers: int = 0  # MTP modules: chapter 05
+    num_nextn_predict_layers: int = 0  # MTP modules
     bos_token_id: int | None = 0
     eos_token_id: int | None = 1
 
@@ -274,7 +275,11 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class DeepSeek(nn.Module):
-    """DeepSeek-V3 (or V2) of any size: tokens (B, T) int64 -> logits (B, T, vocab_size)."""
+    """DeepSeek-V3 (or V2) of any size: tokens (B, T) int64 -> logits (B, T, vocab_size).
+
+    Its MTP modules (num_nextn_predict_layers) train it and draft for it; its logits are the same
+    without them.
+    """
 
     def __init__(self, config: DeepSeekConfig):
         super().__init__()
@@ -286,50 +291,81 @@ class DeepSeek(nn.Module):
         self.model.layers = nn.ModuleList(Block(config, layer) for layer in layers)
         self.model.norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(D, V, bias=False)
+        self.mtp = nn.ModuleList(
+            mtp.MTPModule(Block(config, layer), D, config.rms_norm_eps)
+            for layer in range(layers.stop, layers.stop + config.num_nextn_predict_layers)
+        )
         for parameter in self.parameters():
             if parameter.dim() > 1:  # [1] §4.2: all but the norms, experts and router included
                 nn.init.normal_(parameter, std=config.initializer_range)
 
     def forward(self, tokens: Tensor, caches: list | None = None) -> Tensor:
-        return self.lm_head(narrow(self.hidden(tokens, caches)))
+        return self.head(self.hidden(tokens, caches))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.model.embed_tokens(tokens)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(narrow(hidden))
 
     def hidden(self, tokens: Tensor, caches: list | None = None) -> Tensor:
         """tokens: (B, T) -> the state behind the final norm, (B, T, D)."""
-        x = self.model.embed_tokens(tokens)  # (B, T, D)
+        x = self.embed(tokens)  # (B, T, D)
         for layer, block in enumerate(self.model.layers):
             x = block(x, None if caches is None else caches[layer])
         return self.model.norm(x)
 
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in nats; tokens, labels: (B, T), and a label of -100 is left out."""
-        hidden = narrow(self.hidden(tokens)).flatten(0, 1)  # (N, D), N = B·T
-        labels = labels.flatten()
+        counted = (labels != -100).sum()
+        return self.nats(self.hidden(tokens).flatten(0, 1), labels.flatten()) / counted
+
+    def nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Σ −ln p(label) of states (N, D) and labels (N,); labels of -100 are left out."""
+        hidden = narrow(hidden)
         if (labels < 0).any():
             hidden, labels = hidden[labels != -100], labels[labels != -100]
         arguments = hidden, self.lm_head.weight, labels, torch.is_grad_enabled()
-        return LinearCrossEntropy.apply(*arguments) / len(labels)
+        return LinearCrossEntropy.apply(*arguments)
+
+    def losses(self, rows: Tensor, mtp_weight: float) -> tuple[Tensor, Tensor | float]:
+        """rows: (B, T + 1) -> the mean cross-entropy of T tokens; the MTP loss, weighted (05)."""
+        hidden, labels = self.hidden(rows[:, :-1]), rows[:, 1:]  # (B, T, D), (B, T)
+        loss = self.nats(hidden.flatten(0, 1), labels.flatten()) / labels.numel()
+        if not self.mtp:
+            return loss, 0.0
+        end, documents = self.config.eos_token_id, None
+        if end is not None:
+            documents = (rows == end).cumsum(1)  # it stands before each
+        arguments = self.mtp, self.embed, self.head, hidden, rows, mtp_weight, documents
+        return loss, mtp.mtp_loss(*arguments, nats=self.nats)
 
     def mixtures(self) -> list:
-        """The MoE layers in order; each remembers the load of its last forward."""
+        """The main model's MoE layers in order; each remembers the load of its last forward."""
         return [block.mlp for block in self.model.layers if isinstance(block.mlp, moe.MoE)]
 
-    def new_caches(self, batch: int, max_tokens: int) -> list:
-        """An empty latent cache for every layer."""
+    def mtp_mixtures(self) -> list:
+        return [module.block.mlp for module in self.mtp if isinstance(module.block.mlp, moe.MoE)]
+
+    def new_caches(self, batch: int, max_tokens: int, layers: int | None = None) -> list:
+        """An empty latent cache for every layer, or for so many."""
         c, weight = self.config, self.lm_head.weight
         place = {"device": weight.device, "dtype": narrow(weight[:1]).dtype}
         sizes = batch, max_tokens, c.kv_lora_rank, c.qk_rope_head_dim
-        return [mla.LatentCache(*sizes, **place) for _ in self.model.layers]
+        count = len(self.model.layers) if layers is None else layers
+        return [mla.LatentCache(*sizes, **place) for _ in range(count)]
 
     @torch.no_grad()
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
         top_p: float = 1.0, eos_token_id: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | None = None, speculative: bool = False,
     ) -> list[list[int]]:  # fmt: skip
         """The tokens behind each prompt, through the latent cache; prompts may differ in length.
 
         temperature 0 takes the likeliest token; top_p < 1 samples from the smallest set of tokens
         that holds so much probability. A row ends with eos_token_id (kept) or max_new_tokens.
+        speculative: the MTP module drafts, for the same text in fewer passes (05).
         """
         lengths = [len(prompt) for prompt in prompts]
         room, limit = max(lengths, default=0) + max_new_tokens, self.config.max_position_embeddings
@@ -339,6 +375,10 @@ class DeepSeek(nn.Module):
             raise ValueError(f"prompt + new tokens = {room} > max_position_embeddings = {limit}")
         if temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(f"want temperature >= 0 and 0 < top_p <= 1: {temperature}, {top_p}")
+        if speculative:
+            module = self.mtp[0] if self.mtp else None
+            settings = max_new_tokens, temperature, top_p, eos_token_id, generator
+            return mtp.speculative_generate(self, module, prompts, *settings)[0]
         device = self.lm_head.weight.device
         padded = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)  # on the right
         for row, prompt in enumerate(prompts):
@@ -350,7 +390,7 @@ class DeepSeek(nn.Module):
             cache.truncate(last + 1)  # the padding is forgotten
         new, going = [[] for _ in prompts], [max_new_tokens > 0] * len(prompts)
         while any(going):
-            chosen = choose(self.lm_head(narrow(states)).float(), temperature, top_p, generator)
+            chosen = choose(self.head(states), temperature, top_p, generator)
             for row, token in enumerate(chosen.tolist()):
                 if going[row]:
                     new[row].append(token)
@@ -364,6 +404,10 @@ class DeepSeek(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {n: t.detach().cpu().contiguous() for n, t in released_tensors(self).items()}
+        for layer in range(len(self.mtp)):
+            prefix = f"model.layers.{self.config.num_hidden_layers + layer}."
+            shared = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
+            tensors |= {prefix + n: t.clone() for n, t in zip(SHARED, shared, strict=True)}
         dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
         text = json.dumps({**self.config.to_dict(), "torch_dtype": dtype}, indent=1)
         weights = lambda path: save_file(tensors, path, {"format": "pt"})
@@ -371,11 +415,14 @@ class DeepSeek(nn.Module):
         save_whole(folder / "config.json", lambda path: path.write_text(text + "\n"))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device="cpu", dtype: torch.dtype | None = None):
+    def from_pretrained(
+        cls, folder: str | Path, device="cpu", dtype: torch.dtype | None = None, with_mtp=True
+    ) -> "DeepSeek":
         """A model from config.json and *.safetensors with released names (fp32 or bf16 weights).
 
         dtype None keeps the file's. ValueError lists names that are missing, unexpected or of
-        another shape. MTP layers behind the last one (61 in V3) are left out, with a notice.
+        another shape. MTP modules, in the layers behind the last (61 in V3), come with the rest,
+        but with_mtp=False; a config that tells of some where the files have none gets a notice.
         """
         folder = Path(folder)
         config = read_config(folder)
@@ -392,21 +439,28 @@ class DeepSeek(nn.Module):
             files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise ValueError(f"{folder} has no *.safetensors")
-        with torch.device("meta"):
-            model = cls(config)
-        want = released_tensors(model)
-        got, mtp = {}, 0
+        got, behind = {}, {}
         for file in files:
             try:
                 with safe_open(file, "pt", device=str(device)) as tensors:
                     for name in tensors.keys():  # noqa: SIM118 - not a dict
                         layer = regex.match(r"model\.layers\.(\d+)\.", name)
-                        if layer and int(layer[1]) >= config.num_hidden_layers:
-                            mtp += 1
-                        else:
+                        if not layer or int(layer[1]) < config.num_hidden_layers:
                             got[name] = tensors.get_tensor(name)
+                        elif with_mtp and not name.endswith(SHARED):
+                            behind[name] = tensors.get_tensor(name)
             except (SafetensorError, FileNotFoundError) as error:
                 raise ValueError(f"{file} can't be read: {error}") from None
+        if with_mtp and bool(behind) != bool(config.num_nextn_predict_layers):
+            says = f"config.json says num_nextn_predict_layers {config.num_nextn_predict_layers}"
+            what = "has weights of an MTP module" if behind else "has no MTP weights"
+            print(f"notice: {folder.name} {what}, {says}: main model only", file=sys.stderr)
+        if not behind or not config.num_nextn_predict_layers:
+            config, behind = replace(config, num_nextn_predict_layers=0), {}
+        got |= behind
+        with torch.device("meta"):
+            model = cls(config)
+        want = released_tensors(model)
         shapes = [n for n in want.keys() & got.keys() if want[n].shape != got[n].shape]
         shapes = [f"{n} {tuple(got[n].shape)}, want {tuple(want[n].shape)}" for n in shapes]
         wrong = {"missing": want.keys() - got.keys(), "unexpected": got.keys() - want.keys()}
@@ -415,8 +469,6 @@ class DeepSeek(nn.Module):
             if names:
                 some = ", ".join(sorted(names)[:5])
                 raise ValueError(f"{folder}: {len(names)} tensors {what}: {some}")
-        if config.num_nextn_predict_layers or mtp:
-            print(f"notice: {folder.name}: main model only, MTP is chapter 05", file=sys.stderr)
         if dtype is None:
             dtype = got["lm_head.weight"].dtype
         model.to(dtype).to_empty(device=device)
@@ -430,22 +482,24 @@ def choose(logits: Tensor, temperature: float, top_p: float, generator=None) -> 
     """logits: (B, V) -> one token a row, (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    probs = (logits / temperature).softmax(-1)
-    if top_p < 1:
-        ranked, order = probs.sort(-1, descending=True)
-        before = ranked.cumsum(-1) - ranked  # the probability of all likelier tokens
-        probs = torch.zeros_like(probs).scatter(1, order, ranked.masked_fill(before >= top_p, 0))
+    probs = mtp.probabilities(logits, temperature, top_p)
     return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
 
 # %% 3. Checkpoints: the released layout -----------------------------------------------------
-# One tensor differs: a file has every expert's matrices apart, we stack them for the grouped GEMM.
+# Three things differ: a file has every expert's matrices apart, we stack them for the grouped GEMM;
+# an MTP module is a layer behind the last, its block's names among its own; and it repeats
+SHARED = ("embed_tokens.weight", "shared_head.head.weight")  # which it shares with the model
 
 
 def released_tensors(model: DeepSeek) -> dict[str, Tensor]:
-    """The weights under their released names, experts apart; views, not copies."""
+    """The weights under their released names, without SHARED; views, not copies."""
     found = {}
     for name, tensor in model.state_dict().items():
+        if name.startswith("mtp."):
+            _, depth, rest = name.split(".", 2)
+            layer = model.config.num_hidden_layers + int(depth)
+            name = f"model.layers.{layer}.{rest.removeprefix('block.')}"
         if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             found[name] = tensor
             continue
@@ -496,6 +550,7 @@ class Recipe:
     weight_decay: float = 0.1  # of matrices
     bias_update_speed: float = 0.001  # γ; falls with the learning rate
     balance_alpha: float = 1e-4
+    mtp_weight: float = 0.3  # λ; a third of it for the last third of the run [1] §4.2
 
     def scale(self, done: float) -> float:
         """The learning rate's factor when a share `done` of the run lies behind."""
@@ -503,6 +558,9 @@ class Recipe:
             return max(done, 1e-3) / self.warmup
         left = min((1 - done) / self.decay, 1.0)  # 1 until the decay begins
         return self.final + (1 - self.final) * (1 - math.cos(math.pi * left)) / 2
+
+    def mtp_weight_at(self, done: float) -> float:
+        return self.mtp_weight if done < 2 / 3 else self.mtp_weight / 3
 
 
 V3_YARN = {
@@ -522,7 +580,7 @@ NANO = DeepSeekConfig(
     num_hidden_layers=3, first_k_dense_replace=1, num_attention_heads=4, q_lora_rank=None,
     kv_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=16,
     num_experts_per_tok=2, n_group=1, topk_group=1, routed_scaling_factor=1.0,
-    initializer_range=0.04, bos_token_id=4095, eos_token_id=4095,
+    num_nextn_predict_layers=1, initializer_range=0.04, bos_token_id=4095, eos_token_id=4095,
 )  # fmt: skip
 MINI = replace(
     NANO, vocab_size=16384, hidden_size=512, intermediate_size=1536, moe_intermediate_size=256,
@@ -540,7 +598,7 @@ V3 = DeepSeekConfig(
     rope_scaling=V3_YARN, max_position_embeddings=163840, num_nextn_predict_layers=1
 )  # fmt: skip
 PRESETS = {
-    "nano": (NANO, Recipe(1800, 256, 8, learning_rate=5e-3, bias_update_speed=0.003)),
+    "nano": (NANO, Recipe(1300, 256, 8, learning_rate=5e-3, bias_update_speed=0.003)),
     "mini": (MINI, Recipe(4000, 1024, 16, learning_rate=1.5e-3)),
     "small": (SMALL, Recipe(40_000, 2048, 16, accumulate=2, learning_rate=6e-4)),
     "v2-lite": (V2_LITE, None),  # trained on clusters: here for their sizes
@@ -849,17 +907,21 @@ def make_optimizer(model: DeepSeek, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, recipe.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def training_step(model: DeepSeek, optimizer, recipe: Recipe, rows: list[Tensor], scale: float):
-    """One update from `accumulate` batches (B, T + 1) -> mean loss (nats), loads (layers, E)."""
-    device, mixtures = model.lm_head.weight.device, model.mixtures()
-    total, loads = 0.0, 0
+def training_step(
+    model: DeepSeek, optimizer, recipe: Recipe, rows: list[Tensor], scale: float, mtp_weight: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One update from `accumulate` batches (B, T + 1) -> mean loss (nats), mean MTP loss, weighted,
+    loads (layers, E), those of the MTP modules last."""
+    device, mixtures = model.lm_head.weight.device, model.mixtures() + model.mtp_mixtures()
+    total, drafting, loads = 0.0, 0.0, 0
     for part in rows:
         part = part.to(device, non_blocking=True)
         with autocast(device):
-            loss = model.loss(part[:, :-1], part[:, 1:])
+            loss, further = model.losses(part, mtp_weight)
             balance = sum(m.balance_loss for m in mixtures)
-        ((loss + recipe.balance_alpha * balance) / len(rows)).backward()
+        ((loss + further + recipe.balance_alpha * balance) / len(rows)).backward()
         total = total + loss.detach() / len(rows)
+        drafting = drafting + (further.detach() / len(rows) if model.mtp else 0.0)
         loads = loads + torch.stack([m.load for m in mixtures]) if mixtures else None
     for group in optimizer.param_groups:
         group["lr"] = recipe.learning_rate * scale
@@ -869,7 +931,7 @@ def training_step(model: DeepSeek, optimizer, recipe: Recipe, rows: list[Tensor]
     for mixture, load in zip(mixtures, loads if mixtures else (), strict=True):
         if mixture.gate.e_score_correction_bias is not None:
             mixture.gate.update_bias(load, recipe.bias_update_speed * scale)
-    return total, loads
+    return total, drafting, loads
 
 
 @torch.no_grad()
@@ -1013,13 +1075,16 @@ def train(
         while share() < 1 and not interrupted:
             begin, scale = time.perf_counter(), recipe.scale(share())
             parts = [next(rows) for _ in range(recipe.accumulate)]
-            loss, loads = training_step(model, optimizer, recipe, parts, scale)
+            weight = recipe.mtp_weight_at(share())
+            loss, drafting, loads = training_step(model, optimizer, recipe, parts, scale, weight)
             loss = loss.item()  # waits for the device
             if not math.isfinite(loss):
                 raise ValueError(f"loss {loss} at step {state['step'] + 1}: lower learning_rate")
             state["step"] += 1
             state["seconds"] += time.perf_counter() - begin
             entry = {"step": state["step"], "loss": loss, "seconds": state["seconds"]}
+            if model.mtp:
+                entry["mtp_loss"] = float(drafting) / weight
             if loads is not None:
                 entry["max_violation"] = moe.max_violation(loads).tolist()
             speed = per_step * state["step"] / state["seconds"]
@@ -1061,12 +1126,13 @@ def measure(name: str, value: float, text: str = "") -> None:
 
 def verify_sizes() -> None:
     """The released models, instantiated without memory: their parameters, to the unit."""
-    for name, want in ("v2-lite", 15_706_484_224), ("v3", 671_026_419_200):
+    count = lambda module: sum(tensor.numel() for tensor in module.state_dict().values())
+    for name, *want in ("v2-lite", 15_706_484_224, 0), ("v3", 671_026_419_200, 11_610_068_224):
         with torch.device("meta"):
             model = DeepSeek(PRESETS[name][0])
-        got = sum(tensor.numel() for tensor in model.state_dict().values())
-        want = torch.tensor(want)  # as in the checkpoints, the routers' biases included
-        check(f"parameters of {name} = {want:,}", torch.tensor(got), want, 0)
+        got = [count(model) - count(model.mtp), count(model.mtp)]
+        text = f"parameters of {name} = {want[0]:,}"  # the routers' biases included
+        check(text, torch.tensor(got), torch.tensor(want), 0)
 
 
 @torch.no_grad()
@@ -1099,7 +1165,9 @@ def report(model: DeepSeek, corpus: Corpus, recipe: Recipe, run: Run, trained: d
         worst = moe.max_violation(loads).max().item()
         measure("max_violation", worst, "held-out text, worst layer, last weights")
     measure("evaluation_seconds", seconds, f"s, every token with at least {stride} before it")
-    draw(run, corpus, bits)
+    if model.mtp:
+        report_drafts(model, corpus)
+    draw(run, corpus, bits, len(model.mixtures()))
     print(f"figure   {run.folder / 'curves.png'}")
     prompt = "def "
     tokens = [corpus.encoding.encode_single_token(END), *corpus.encoding.encode(prompt)]
@@ -1109,8 +1177,21 @@ def report(model: DeepSeek, corpus: Corpus, recipe: Recipe, run: Run, trained: d
     print(f"sample   (T = 0.7, top-p 0.95)\n{prompt}{corpus.encoding.decode(written)}")
 
 
-def draw(run: Run, corpus: Corpus, bits: float) -> None:
-    """Loss and expert load over the steps, from metrics.jsonl."""
+def report_drafts(model: DeepSeek, corpus: Corpus, count: int = 64, length: int = 64) -> None:
+    """Greedy text behind held-out prompts: how often is the MTP module's guess the next token?"""
+    starts = np.linspace(0, len(corpus.held_out) - length, count).astype(int)
+    prompts = [corpus.held_out[start : start + length].tolist() for start in starts]
+    new, verdicts = mtp.speculative_generate(model, model.mtp[0], prompts, length)
+    verdicts = list(itertools.chain.from_iterable(verdicts))
+    acceptance = statistics.fmean(verdicts)
+    measure("acceptance", acceptance, f"of {len(verdicts):,} drafts   V3: 0.85-0.90")
+    measure("tokens_per_step", 1 + acceptance, f"greedy, {count} prompts of {length}, {length} new")
+    same = sum(a == b for a, b in zip(new, model.generate(prompts, length), strict=True))
+    measure("identical_prompts", same, f"of {count} continued as without drafts")
+
+
+def draw(run: Run, corpus: Corpus, bits: float, mixtures: int) -> None:
+    """Loss and expert load over the steps, from metrics.jsonl; mixtures: the main model's."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1140,7 +1221,8 @@ def draw(run: Run, corpus: Corpus, bits: float) -> None:
         violations = np.array([entry["max_violation"] for entry in metrics])  # (steps, layers)
         for layer, line in enumerate(violations.T):
             kept = np.convolve(line, np.ones(width) / width, "valid")
-            right.plot(steps[width - 1 :], kept, label=f"mixture {layer + 1}")
+            name = f"mixture {layer + 1}" if layer < mixtures else "MTP's mixture"
+            right.plot(steps[width - 1 :], kept, label=name)
         right.set(xlabel="step", ylabel="MaxVio of the batch", ylim=(0, None))
         right.set_title("The bias keeps the experts' load even")
         right.legend()
@@ -1158,30 +1240,29 @@ def bench(model: DeepSeek, recipe: Recipe, seed: int) -> None:
     rows = [torch.randint(model.config.vocab_size, shape, generator=generator)]
     optimizer = make_optimizer(model, recipe)
 
-    def plain_loss(tokens: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
+    def plain_nats(hidden: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(model.head(hidden), labels, reduction="sum")
 
-    def step(attention: Callable, loss: Callable) -> float:
-        for block in model.model.layers:
+    def step(attention: Callable, nats: Callable) -> float:
+        for block in [*model.model.layers, *(module.block for module in model.mtp)]:
             block.self_attn.attention = attention
-        model.loss = loss
+        model.nats = nats
         begin = time.perf_counter()
-        total, _ = training_step(model, optimizer, recipe, rows, 1.0)
-        total.item()
+        training_step(model, optimizer, recipe, rows, 1.0, 0.3)[0].item()
         return time.perf_counter() - begin
 
-    ours, sliced = cpu_or_gpu_attention, model.loss
+    ours, sliced = cpu_or_gpu_attention, model.nats
     variants = {
         "ours": (ours, sliced),
         "sdpa": (mla.padded_attention, sliced),
-        "logits": (ours, plain_loss),
+        "logits": (ours, plain_nats),
     }
     model.train()
     times = {name: [] for name in variants}
     for _ in range(10):
         for name, variant in variants.items():
             times[name].append(step(*variant))
-    del model.loss
+    del model.nats
     medians = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}  # [0]: warm
     for name, text in ("ours", ""), ("sdpa", "attention by SDPA"), ("logits", "whole logits"):
         speed = recipe.batch_size * recipe.context / medians[name]

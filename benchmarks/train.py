@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -25,7 +26,7 @@ chapter = import_module("06_train")
 
 def our_step(model, recipe, rows: Tensor) -> Callable[[], float]:
     optimizer = chapter.make_optimizer(model, recipe)
-    return lambda: chapter.training_step(model, optimizer, recipe, [rows], 1.0)[0].item()
+    return lambda: chapter.training_step(model, optimizer, recipe, [rows], 1.0, 0.0)[0].item()
 
 
 def their_step(model, recipe, rows: Tensor, bf16: bool) -> Callable[[], float]:
@@ -70,6 +71,7 @@ def main() -> None:
         cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
     torch.manual_seed(args.seed)
     config, recipe = chapter.PRESETS["nano"]
+    config = replace(config, num_nextn_predict_layers=0)
     ours = chapter.DeepSeek(config).to(device).train()
     shape = recipe.batch_size, recipe.context + 1
     rows = torch.randint(config.vocab_size, shape, device=device)  # (B, T + 1)
