@@ -597,9 +597,9 @@ def test_rates_of_a_perfect_and_of_a_blind_module():
         def forward(self, embedded, hidden):
             return model.hidden(tokens)[:, 1:]
 
-    same, overlap = mtp.three_rates(model, Copies(), tokens)
+    same, overlap = mtp.rates_on(model, Copies(), tokens)
     assert same == 1.0 and overlap == pytest.approx(1.0, abs=1e-6)
-    same, overlap = mtp.three_rates(model, model.mtp[0], tokens)
+    same, overlap = mtp.rates_on(model, model.mtp[0], tokens)
     assert same < 1 and overlap < 1
 
 

@@ -311,30 +311,41 @@ def test_missing_shard_is_named(tmp_path):
         DeepSeek.from_pretrained(tmp_path)
 
 
-def test_mtp_layer_is_left_out_with_a_notice(tmp_path, capsys):
-    """V3's file has layer 61 of 61: index num_hidden_layers."""
-    ours = model_of(replace(TINY, num_nextn_predict_layers=1))
-    ours.save_pretrained(tmp_path)
-    again = DeepSeek.from_pretrained(tmp_path)  # announced, but not there
-    assert "MTP" in capsys.readouterr().err
-    assert same_weights(again, ours)
+def announce(folder, depth):
+    file = folder / "config.json"
+    raw = json.loads(file.read_text()) | {"num_nextn_predict_layers": depth}
+    file.write_text(json.dumps(raw))
 
-    file = tmp_path / "model.safetensors"
-    extra = {
-        f"model.layers.3.{name}.weight": torch.zeros(2) for name in ("eh_proj", "input_layernorm")
-    }
-    save_file(load_file(file) | extra, file)
-    again = DeepSeek.from_pretrained(tmp_path)
-    captured = capsys.readouterr()
-    assert "notice" in captured.err and captured.out == ""
-    assert same_weights(again, ours)
 
-    model_of().save_pretrained(tmp_path)  # neither announced nor there
+def test_mtp_that_config_and_weights_tell_differently(tmp_path, capsys):
+    """V3's file has layer 61 of 61: index num_hidden_layers. Either way the main model loads."""
+    plain = model_of()
+    plain.save_pretrained(tmp_path)
     DeepSeek.from_pretrained(tmp_path)
     assert capsys.readouterr().err == ""
-    save_file(load_file(file) | extra, file)  # there, but not announced
+    announce(tmp_path, 1)
+    again = DeepSeek.from_pretrained(tmp_path)
+    captured = capsys.readouterr()
+    assert "notice" in captured.err and "no MTP weights" in captured.err and captured.out == ""
+    assert again.config == plain.config and same_weights(again, plain)
+
+    model_of(replace(TINY, num_nextn_predict_layers=1)).save_pretrained(tmp_path)
     DeepSeek.from_pretrained(tmp_path)
-    assert "notice" in capsys.readouterr().err
+    DeepSeek.from_pretrained(tmp_path, with_mtp=False)
+    assert capsys.readouterr().err == ""
+    announce(tmp_path, 0)
+    assert not DeepSeek.from_pretrained(tmp_path).mtp
+    assert "num_nextn_predict_layers 0" in capsys.readouterr().err
+
+
+def test_half_an_mtp_module_is_refused(tmp_path):
+    model_of(replace(TINY, num_nextn_predict_layers=1)).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.3.eh_proj.weight"]
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="1 tensors missing: model.layers.3.eh_proj.weight"):
+        DeepSeek.from_pretrained(tmp_path)
 
 
 def drop(tensors):
@@ -595,9 +606,13 @@ def test_parameters_of_the_released_models(preset, want):
     """To the unit, as in the checkpoints' listings; the routers' biases are in them."""
     with torch.device("meta"):
         model = DeepSeek(chapter.PRESETS[preset][0])
-    assert sum(tensor.numel() for tensor in model.state_dict().values()) == want
+    count = lambda module: sum(tensor.numel() for tensor in module.state_dict().values())
+    assert count(model) - count(model.mtp) == want
+    assert count(model.mtp) == (
+        11_610_068_224 if preset == "v3" else 0
+    )  # one MoE layer, eh_proj, three norms
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
-    if preset == "v3":  # FACTS, section 1: the attention of one layer
+    if preset == "v3":  # the attention of one layer
         layer = model.model.layers[60].self_attn
         assert sum(p.numel() for p in layer.parameters()) == 187_107_328
 
