@@ -368,6 +368,8 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))  # before each row is copied K times
         N, K = indices.shape
+        if kind == "cpu" and N * K < len(load) and not torch.is_grad_enabled():
+            return self.pair_by_pair(x, indices, weights)
         order = indices.flatten().argsort(stable=True)  # the (token, k) pairs by expert: N·K
         sizes, P, row = load, N * K, torch.arange(N * K, device=x.device)
         # oneDNN compiles a bf16 product for each new number of rows, and these change every step.
@@ -389,6 +391,16 @@ class Experts(nn.Module):
         gate, up = product(rows, self.gate_up_proj, sizes).chunk(2, -1)  # (P, I) each
         hidden = F.silu(gate) * up * row_weights[:, None]
         return _Combine.apply(product(hidden, self.down_proj, sizes), *routes)
+
+    def pair_by_pair(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """The same for a few tokens being decoded: most experts have no row, none is asked."""
+        y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        for row, out, chosen, w in zip(x.split(1), y, indices.tolist(), weights, strict=True):
+            for k, e in enumerate(chosen):
+                gate, up = (row @ self.gate_up_proj[e].to(x.dtype).T).chunk(2, -1)  # (1, I) each
+                hidden = F.silu(gate) * up * w[k].to(x.dtype)
+                out += (hidden @ self.down_proj[e].to(x.dtype).T)[0]
+        return y.to(x.dtype)
 
 
 class MoE(nn.Module):

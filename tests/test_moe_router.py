@@ -635,3 +635,19 @@ def test_update_bias_refuses():
         moe.Router(20, 16, 4).update_bias(torch.ones(15), 0.1)
     with pytest.raises(ValueError, match="greedy has no bias"):
         moe.Router(20, 16, 4, topk_method="greedy").update_bias(torch.ones(16), 0.1)
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_a_few_tokens_ask_their_own_experts_alone(tokens, dtype, tol, monkeypatch):
+    """Without gradients; the way by sorted rows stays the answer to compare with."""
+    layer = moe.MoE(32, 24, 16, 4).to(dtype)
+    x = torch.randn(1, tokens, 32, dtype=dtype)
+    want, asked = layer(x).detach(), []
+    few = layer.experts.pair_by_pair
+    monkeypatch.setattr(layer.experts, "pair_by_pair", lambda *a: asked.append(1) or few(*a))
+    with torch.no_grad():
+        got = layer(x)
+        layer(torch.randn(1, 4, 32, dtype=dtype))  # 16 pairs: as many as experts
+    assert len(asked) == 1
+    assert (got - want).abs().max() <= tol * want.abs().max()
