@@ -87,7 +87,7 @@ def output_distribution(p: Tensor, q: Tensor) -> Tensor:
 # %% 2. The piece ----------------------------------------------------------------------------
 
 
-# >>> copy: MTPModule, mtp_loss, probabilities, speculative_generate (needs torch)
+# >>> copy: MTPModule, mtp_loss, probabilities, choose, speculative_generate (needs torch)
 class MTPModule(nn.Module):
     """One depth of multi-token prediction (V3 eq. 21, 22): the state that predicts tᵢ₊₂, not tᵢ₊₁.
 
@@ -172,6 +172,35 @@ def probabilities(logits: Tensor, temperature: float, top_p: float = 1.0) -> Ten
     return probs
 
 
+def choose(logits: Tensor, temperature: float, top_p: float = 1.0, generator=None) -> Tensor:
+    """logits: (B, V) -> one token a row, (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = probabilities(logits, temperature, top_p)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def accept_or_redraw(
+    draft: Tensor, q_logits: Tensor, logits: Tensor, temperature: float, top_p=1.0, generator=None
+) -> tuple[Tensor, Tensor]:
+    """Is the draft taken, and which token comes behind it, or in its place (arXiv:2211.17192)?
+
+    draft: (B,), drawn from q_logits (B, V); logits: (B, 2, V), the main model's for the draft's
+    place and for the next -> bool (B,), tokens (B,). Both are distributed as the main model's.
+    """
+    if temperature == 0:  # what the rule below comes to where p and q are sure
+        likeliest = logits.argmax(-1)  # (B, 2)
+        taken = draft == likeliest[:, 0]
+        return taken, torch.where(taken, likeliest[:, 1], likeliest[:, 0])
+    p, q = (probabilities(x, temperature, top_p) for x in (logits, q_logits))  # (B, 2, V), (B, V)
+    p_draft, q_draft = (x.gather(1, draft[:, None])[:, 0] for x in (p[:, 0], q))  # (B,)
+    uniform = torch.rand(len(draft), generator=generator, device=draft.device)
+    taken = uniform * q_draft < p_draft  # with probability min(1, p/q)
+    rest = (p[:, 0] - q).clamp(min=0)  # where p says more than q has brought
+    following = torch.where(taken[:, None], p[:, 1], rest)
+    return taken, torch.multinomial(following, 1, generator=generator)[:, 0]
+
+
 @torch.no_grad()
 def speculative_generate(
     model, module: MTPModule | None, prompts: list[list[int]], max_new_tokens: int,
@@ -198,26 +227,7 @@ def speculative_generate(
         got = f"{temperature}, {top_p}, {max_new_tokens}"
         raise ValueError(f"want temperature >= 0, 0 < top_p <= 1, max_new_tokens >= 0: {got}")
 
-    def draw(probs: Tensor) -> Tensor:  # (B, V), not necessarily normalised -> (B,)
-        return torch.multinomial(probs, 1, generator=generator)[:, 0]
-
-    def pick(logits: Tensor) -> Tensor:  # (B, V) -> (B,)
-        greedy = temperature == 0
-        return logits.argmax(-1) if greedy else draw(probabilities(logits, temperature, top_p))
-
-    def judge(draft: Tensor, guess_logits: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Is the draft accepted, and which token follows it, or comes in its place?"""
-        if temperature == 0:  # what the rule below comes to where p and q are sure
-            likeliest = logits.argmax(-1)  # (B, 2)
-            accepted = draft == likeliest[:, 0]
-            return accepted, likeliest.gather(1, accepted.long()[:, None])[:, 0]
-        q = probabilities(guess_logits, temperature, top_p)  # (B, V)
-        p = probabilities(logits, temperature, top_p)  # (B, 2, V)
-        uniform = torch.rand(len(draft), generator=generator, device=draft.device)
-        accepted = uniform * q[rows, draft] < p[rows, 0, draft]
-        rest = (p[:, 0] - q).clamp(min=0)
-        return accepted, draw(torch.where(accepted[:, None], p[:, 1], rest))
-
+    drawing = temperature, top_p, generator
     B, room, device = len(prompts), max(lengths) + max_new_tokens, module.enorm.weight.device
     padded = torch.zeros(B, max(lengths), dtype=torch.int64)  # on the right
     for row, prompt in enumerate(prompts):
@@ -235,7 +245,7 @@ def speculative_generate(
                 going[row] = token != eos_token_id and len(new[row]) < max_new_tokens
 
     states = model.hidden(padded, caches)  # (B, T, C)
-    pending = pick(model.head(states[rows, kept - 1]))  # (B,) drawn, and in no cache yet
+    pending = choose(model.head(states[rows, kept - 1]), *drawing)  # (B,) as yet in no cache
     joined = padded.roll(-1, 1)  # (B, T) the token that joins each state: the one behind it
     joined[rows, kept - 1] = pending
     for cache in caches:
@@ -246,11 +256,11 @@ def speculative_generate(
     while any(going):
         guess = module(model.embed(joined), states, module_cache)[rows, fresh - 1]  # (B, C)
         module_cache.truncate(kept)
-        guess_logits = model.head(guess)  # (B, V)
-        draft = pick(guess_logits)  # (B,)
+        q_logits = model.head(guess)  # (B, V)
+        draft = choose(q_logits, *drawing)  # (B,)
         states = model.hidden(torch.stack((pending, draft), 1), caches)  # (B, 2, C)
         logits = model.head(states)  # (B, 2, V) behind the pending token; behind the draft
-        accepted, pending = judge(draft, guess_logits, logits)  # (B,) each
+        accepted, pending = accept_or_redraw(draft, q_logits, logits, *drawing)  # (B,) each
         steps = torch.stack((accepted, draft, pending), 1).tolist()
         for row, (right, *two) in enumerate(steps):
             if going[row]:

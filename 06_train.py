@@ -13,10 +13,12 @@ after five minutes it predicts Python that it has never seen better than `xz -9`
     Python's library ─► documents ─► BPE ─► one stream of tokens ─► windows (B, T + 1)
                            └─ 5 % of the bytes held out, whole files, by the hash of their content
 
-    tokens (B,T) ─► embed_tokens ─► x (B,T,D) ─┬─ layers ×L ─► norm ─► lm_head ─► (B,T,V)
-                      x = x + MLA(norm(x))   [02]    └ x = x + FFN(norm(x))   dense, then MoE [03]
+    tokens (B,T) ─► embed_tokens ─► x (B,T,D) ─► layers ×L ─► norm ─┬─► lm_head ─► (B,T,V)
+       a layer:  x = x + MLA(norm(x))   [02]                        └─► MTP module [05] ─► lm_head
+                 x = x + FFN(norm(x))   dense, then MoE [03]
 
     loss      −mean ln p(next token) + α · Σ balance_loss over the mixtures          [1] eq. 17
+              + λ · −mean ln p'(token after the next)                                [1] eq. 25
     after a step, in each mixture      bias_e += γ · sign(mean load − load_e)        [1] §2.1.2
     learning rate    0 ─warm-up─► constant ─cosine─► final                           [1] §4.2
 
@@ -71,7 +73,7 @@ from tqdm import tqdm
 attn = import_module("01_attention")  # tiled_attention
 mla = import_module("02_mla")  # MultiHeadLatentAttention, LatentCache
 moe = import_module("03_moe_router")  # MoE, SwiGLU, max_violation
-mtp = import_module("05_mtp")  # MTPModule, mtp_loss, probabilities, speculative_generate
+mtp = import_module("05_mtp")  # MTPModule, mtp_loss, choose, speculative_generate
 
 # %% 1. The config: a released config.json, field by field -----------------------------------
 
@@ -390,7 +392,7 @@ class DeepSeek(nn.Module):
             cache.truncate(last + 1)  # the padding is forgotten
         new, going = [[] for _ in prompts], [max_new_tokens > 0] * len(prompts)
         while any(going):
-            chosen = choose(self.head(states), temperature, top_p, generator)
+            chosen = mtp.choose(self.head(states), temperature, top_p, generator)
             for row, token in enumerate(chosen.tolist()):
                 if going[row]:
                     new[row].append(token)
@@ -476,14 +478,6 @@ class DeepSeek(nn.Module):
             for name, ours in released_tensors(model).items():  # views of the parameters
                 ours.copy_(got.pop(name))
         return model
-
-
-def choose(logits: Tensor, temperature: float, top_p: float, generator=None) -> Tensor:
-    """logits: (B, V) -> one token a row, (B,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs = mtp.probabilities(logits, temperature, top_p)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
 
 # %% 3. Checkpoints: the released layout -----------------------------------------------------

@@ -196,6 +196,21 @@ def test_random_tokens_stay_unguessed(depth):
     assert abs(sum(late) / len(late) / counted - math.log(4)) <= 0.02
 
 
+def test_what_blocks_add_up_stays_fp32_under_autocast():
+    """And no warning: a norm whose weight is fp32 and whose input isn't takes ten times as long."""
+    seen = []
+
+    class Block(nn.Module):
+        def forward(self, x):
+            seen.append(x.dtype)
+            return x
+
+    module = MTPModule(Block(), 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(torch.randn(1, 3, 16), torch.randn(1, 3, 16))
+    assert seen == [torch.float32] and out.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     "depth, tokens, message",
     [(0, (2, 9), "depth 0"), (1, (2, 8), "hidden of 2 x 8"), (1, (3, 9), "hidden of 2 x 8")],
@@ -347,6 +362,15 @@ def test_rejected_drafts_leave_no_trace_in_the_latent_caches(monkeypatch):
         [want] = new_caches(1, held, layers=1)
         model.mtp[0](model.embed(text[:, 1 : held + 1]), states[:, :held], want)
         assert (module_cache.entries[row, :held] - want.entries[0]).abs().max() <= 1e-4
+
+
+def test_a_row_is_drafted_for_as_if_it_were_alone():
+    """A wrong row of the module's output would draft worse, and nothing else would show it."""
+    model, prompts = tiny(V=3), prompts_of(3, (1, 4, 9, 13))
+    _, together = mtp.speculative_generate(model, model.mtp[0], prompts, 40)
+    alone = [mtp.speculative_generate(model, model.mtp[0], [p], 40)[1][0] for p in prompts]
+    assert together == alone
+    assert {True, False} == set(itertools.chain.from_iterable(alone))
 
 
 def test_a_row_ends_with_its_eos():

@@ -768,7 +768,7 @@ def test_choose_samples_the_smallest_set(top_p, support, temperature):
     """The support exactly, the frequencies within five standard deviations of 40,000 draws."""
     draws = 40_000
     logits = (temperature * PROBABILITIES.log() + 7).expand(draws, 4)  # + 7: logits have no zero
-    got = chapter.choose(logits, temperature, top_p, torch.Generator().manual_seed(1))
+    got = chapter.mtp.choose(logits, temperature, top_p, torch.Generator().manual_seed(1))
     assert got.shape == (draws,)
     counts = torch.bincount(got, minlength=4).double()
     assert counts.nonzero()[:, 0].tolist() == support
@@ -780,8 +780,8 @@ def test_choose_samples_the_smallest_set(top_p, support, temperature):
 
 def test_choose_has_rows_of_their_own():
     logits = torch.tensor([[0.0, 9.0, 0.0], [0.0, 0.0, 9.0], [9.0, 0.0, 0.0]])
-    assert chapter.choose(logits, 0.0, 1.0).tolist() == [1, 2, 0]
-    assert chapter.choose(logits, 1.0, 0.5).tolist() == [1, 2, 0]
+    assert chapter.mtp.choose(logits, 0.0, 1.0).tolist() == [1, 2, 0]
+    assert chapter.mtp.choose(logits, 1.0, 0.5).tolist() == [1, 2, 0]
 
 
 # The tokenizer ------------------------------------------------------------------------------
