@@ -54,7 +54,7 @@ def main() -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     cli.add_argument("--device", default=default)
     cli.add_argument("--seed", type=int, default=0)
-    cli.add_argument("--rounds", type=int, default=9)
+    cli.add_argument("--rounds", type=int, default=15)
     args = cli.parse_args()
     try:
         from transformers import DeepseekV3ForCausalLM
