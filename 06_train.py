@@ -73,6 +73,7 @@ from tqdm import tqdm
 attn = import_module("01_attention")  # tiled_attention
 mla = import_module("02_mla")  # MultiHeadLatentAttention, LatentCache
 moe = import_module("03_moe_router")  # MoE, SwiGLU, max_violation
+fp8 = import_module("04_fp8_gemm")  # FP8Linear, fp8_grouped_gemm
 mtp = import_module("05_mtp")  # MTPModule, mtp_loss, choose, speculative_generate
 
 # %% 1. The config: a released config.json, field by field -----------------------------------
@@ -209,31 +210,41 @@ def narrow(x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """x + MLA(norm(x)), then x + FFN(norm(x)): (B, T, D) -> (B, T, D)."""
+    """x + MLA(norm(x)), then x + FFN(norm(x)): (B, T, D) -> (B, T, D).
 
-    def __init__(self, config: DeepSeekConfig, layer: int):
+    linear, grouped_gemm: stand-ins for nn.Linear and for 03's, in another precision.
+    """
+
+    def __init__(self, config: DeepSeekConfig, layer: int, linear=nn.Linear, grouped_gemm=None):
         super().__init__()
         c = config
         self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.self_attn = mla.MultiHeadLatentAttention(
             c.hidden_size, c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim,
             c.qk_rope_head_dim, c.v_head_dim, c.q_lora_rank, c.rope_theta, c.rope_scaling,
-            c.rope_interleave, attention=cpu_or_gpu_attention,
+            c.rope_interleave, linear=linear, attention=cpu_or_gpu_attention,
         )  # fmt: skip
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         if layer < c.first_k_dense_replace:
-            self.mlp = moe.SwiGLU(c.hidden_size, c.intermediate_size)
+            self.mlp = moe.SwiGLU(c.hidden_size, c.intermediate_size, linear)
         else:
             self.mlp = moe.MoE(
                 c.hidden_size, c.moe_intermediate_size, c.n_routed_experts, c.num_experts_per_tok,
                 c.n_shared_experts, n_group=c.n_group, topk_group=c.topk_group,
                 topk_method=c.topk_method, scoring_func=c.scoring_func,
                 norm_topk_prob=c.norm_topk_prob, routed_scaling_factor=c.routed_scaling_factor,
+                linear=linear, grouped_gemm=grouped_gemm,
             )  # fmt: skip
 
     def forward(self, x: Tensor, cache=None) -> Tensor:
         x = x + self.self_attn(narrow(self.input_layernorm(x)), cache)
         return x + self.mlp(narrow(self.post_attention_layernorm(x)))
+
+
+PRECISIONS = {
+    "bf16": {},  # by autocast, where the hardware has it
+    "fp8": {"linear": fp8.FP8Linear, "grouped_gemm": fp8.fp8_grouped_gemm},
+}
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -280,21 +291,25 @@ class DeepSeek(nn.Module):
     """DeepSeek-V3 (or V2) of any size: tokens (B, T) int64 -> logits (B, T, vocab_size).
 
     Its MTP modules (num_nextn_predict_layers) train it and draft for it; its logits are the same
-    without them.
+    without them. precision "fp8": the products of MLA, FFN and experts are those of chapter 04, but
+    kv_b_proj's, which the absorbed form splits by head. ValueError: any other but "bf16".
     """
 
-    def __init__(self, config: DeepSeekConfig):
+    def __init__(self, config: DeepSeekConfig, precision: str = "bf16"):
         super().__init__()
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
+        self.precision, products = precision, PRECISIONS[precision]
         self.config = config
         V, D = config.vocab_size, config.hidden_size
         self.model = nn.Module()  # a level of its own, as in the released names
         self.model.embed_tokens = nn.Embedding(V, D)
         layers = range(config.num_hidden_layers)
-        self.model.layers = nn.ModuleList(Block(config, layer) for layer in layers)
+        self.model.layers = nn.ModuleList(Block(config, layer, **products) for layer in layers)
         self.model.norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(D, V, bias=False)
         self.mtp = nn.ModuleList(
-            mtp.MTPModule(Block(config, layer), D, config.rms_norm_eps)
+            mtp.MTPModule(Block(config, layer, **products), D, config.rms_norm_eps)
             for layer in range(layers.stop, layers.stop + config.num_nextn_predict_layers)
         )
         for parameter in self.parameters():
@@ -1140,7 +1155,10 @@ def verify_model(model: DeepSeek, tokens: Tensor) -> None:
     caches = model.new_caches(2, tokens.shape[1])
     sizes = [8, *[1] * (tokens.shape[1] - 9)]
     parts = [model(part, caches) for part in tokens[:, :-1].split(sizes, dim=1)]
-    check("prefill + cached decode = one pass", torch.cat(parts, 1), logits, 1e-4)  # fp32, of ~1
+    # fp32, of order 1; where the last bit of an activation decides between two codes of FP8, 3 %
+    # of it, that is seen in the logits
+    tol = 1e-4 if model.precision == "bf16" else 0.1
+    check("prefill + cached decode = one pass", torch.cat(parts, 1), logits, tol)
 
 
 def report(model: DeepSeek, corpus: Corpus, recipe: Recipe, run: Run, trained: dict) -> None:
@@ -1287,6 +1305,7 @@ def arguments() -> argparse.Namespace:
     add("--encoding", help="a named encoding of tiktoken instead of a tokenizer trained here")
     add("--steps", type=int, help="instead of the preset's")
     add("--minutes", type=float, help="train for so long instead of a number of steps")
+    add("--precision", choices=PRECISIONS, default="bf16", help="of the products (%(default)s)")
     add("--resume", type=Path, metavar="RUN", help="go on in the folder of a run that was stopped")
     add("--quick", action="store_true", help="a tiny model and 30 steps: does everything work?")
     add("--device", default=default, help="cpu, cuda, cuda:1, … (%(default)s)")
@@ -1319,6 +1338,7 @@ def begin_run(args, config: DeepSeekConfig, recipe: Recipe, corpus, packages, vo
         "device": args.device,
         "seed": args.seed,
         "minutes": args.minutes,
+        "precision": args.precision,
         "data": None if args.data is None else str(args.data),
         "data_digest": corpus.folder.name,
         "packages": packages,
@@ -1350,6 +1370,7 @@ def lesson(args: argparse.Namespace) -> None:
             config, recipe = DeepSeekConfig(**entry["config"]), Recipe(**entry["recipe"])
             args.seed, args.minutes, digest = (entry[k] for k in ("seed", "minutes", "data_digest"))
             packages, vocabulary = entry["packages"], entry["vocabulary"]
+            args.precision = entry.get("precision", "bf16")  # runs older than the flag have none
             args.data = None if entry["data"] is None else Path(entry["data"])
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"--resume {args.resume} is no folder of a run: {error!r}") from None
@@ -1364,7 +1385,7 @@ def lesson(args: argparse.Namespace) -> None:
         raise ValueError(f"cannot run on --device {args.device}: {reason}") from None
     torch.manual_seed(args.seed)
     if args.bench:
-        return bench(DeepSeek(config).to(device), recipe, args.seed)
+        return bench(DeepSeek(config, args.precision).to(device), recipe, args.seed)
 
     begin = time.perf_counter()
     documents = read_documents(args.data, packages)
@@ -1378,7 +1399,7 @@ def lesson(args: argparse.Namespace) -> None:
         **dict.fromkeys(("bos_token_id", "eos_token_id"), corpus.encoding.encode_single_token(END)),
     )
     measure("data_seconds", time.perf_counter() - begin, f"s, {len(documents):,} documents")
-    model = DeepSeek(config).to(device)
+    model = DeepSeek(config, args.precision).to(device)
     rows = torch.from_numpy(corpus.train[:130].astype(np.int64)).view(2, 65).to(device)
     verify_sizes()
     verify_model(model, rows)
@@ -1387,6 +1408,8 @@ def lesson(args: argparse.Namespace) -> None:
     else:
         run = begin_run(args, config, recipe, corpus, packages, vocabulary)
     print(f"run      {run.folder}   {sum(p.numel() for p in model.parameters()):,} parameters")
+    if args.precision == "fp8":
+        print("fp8      emulated: E4M3 values, products in fp32, slower than bf16")
     try:
         trained = train(
             model, corpus, recipe, run.folder, args.seed, args.minutes, bool(args.resume)

@@ -1,0 +1,318 @@
+"""04_fp8_gemm.py against the format's bits, loops over tiles, and float64 products of the codes."""
+
+import math
+from importlib import import_module
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+fp8 = import_module("04_fp8_gemm")
+chapter = import_module("06_train")
+FP8Linear, dequantize = fp8.FP8Linear, fp8.dequantize
+quantize_tiles, quantize_blocks = fp8.quantize_tiles, fp8.quantize_blocks
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def exact(codes, scales):
+    return dequantize(codes, scales).double()
+
+
+# The format ----------------------------------------------------------------------------------
+
+
+def test_every_code():
+    for code in range(256):
+        got = torch.tensor([code], dtype=torch.uint8).view(torch.float8_e4m3fn).float().item()
+        want = fp8.e4m3_value(code)
+        assert got == want or math.isnan(got) and math.isnan(want)
+    assert sum(math.isnan(fp8.e4m3_value(code)) for code in range(256)) == 2
+    assert fp8.e4m3_value(0x7E) == 448 and fp8.e4m3_value(1) == 2**-9
+
+
+@given(st.floats(-448, 448, width=32))
+@settings(max_examples=300, deadline=None)
+def test_the_cast_is_to_the_nearest(x):
+    assert torch.tensor(x).to(torch.float8_e4m3fn).float().item() == fp8.e4m3_nearest(x)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_all_bf16_numbers_as_the_quantizer_casts_them(power_of_two):
+    """Each of the finite ones in a tile of its own: one number is its own amax."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(torch.bfloat16)
+    x = x[x.abs() <= 2.0**127]  # past it, rounding up to a power of two would leave fp32's range
+    codes, scales = quantize_tiles(x[:, None], power_of_two)
+    back = dequantize(codes, scales)[:, 0].double()
+    wide = x.double()
+    ordinary = wide.abs() >= 2.0**-100
+    error = (back / wide - 1)[ordinary].abs().max()
+    assert error <= (2**-4 if power_of_two else 2**-23)  # alone it becomes 448, or of its power
+    assert (back[~ordinary].abs() <= 2.0**-100).all() and back[wide == 0].eq(0).all()
+    if power_of_two:
+        assert (torch.frexp(scales).mantissa == 0.5).all()
+        assert (codes.float().abs() <= 448).all() and (codes.float().abs()[ordinary] > 223).all()
+
+
+# Quantisers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power_of_two", [False, True], ids=["fp32", "ue8m0"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 127), (2, 128), (2, 129), (5, 300)])
+def test_tiles_are_the_loops(shape, power_of_two):
+    x = torch.randn(shape) * torch.logspace(-4, 4, shape[1])
+    codes, scales = quantize_tiles(x, power_of_two)
+    assert codes.shape == shape and codes.dtype == torch.float8_e4m3fn
+    assert scales.shape == (shape[0], -(-shape[1] // 128)) and scales.dtype == torch.float32
+    want = fp8.quantize_reference(x, 1, 128, power_of_two)
+    assert torch.equal(dequantize(codes, scales), want.float())
+
+
+@pytest.mark.parametrize("power_of_two", [False, True], ids=["fp32", "ue8m0"])
+@pytest.mark.parametrize("shape", [(1, 1), (127, 2), (129, 130), (3, 257)])
+def test_blocks_are_the_loops(shape, power_of_two):
+    w = torch.randn(shape) * torch.logspace(-4, 4, shape[1])
+    codes, scales = quantize_blocks(w, power_of_two)
+    assert codes.shape == shape and scales.shape == tuple(-(-n // 128) for n in shape)
+    want = fp8.quantize_reference(w, 128, 128, power_of_two)
+    assert torch.equal(dequantize(codes, scales), want.float())
+
+
+def test_576_rows_make_five_blocks():
+    """kv_a_proj_with_mqa of V3: floor would give four, and lose the rotary rows."""
+    assert quantize_blocks(torch.randn(576, 256))[1].shape == (5, 2)
+
+
+def test_leading_axes_are_only_many():
+    x, w = torch.randn(2, 3, 200), torch.randn(4, 130, 140)
+    codes, scales = quantize_tiles(x)
+    one_codes, one_scales = quantize_tiles(x[1, 2][None])
+    assert torch.equal(codes[1, 2].float(), one_codes[0].float())
+    assert torch.equal(scales[1, 2], one_scales[0])
+    codes, scales = quantize_blocks(w)
+    one_codes, one_scales = quantize_blocks(w[3])
+    assert torch.equal(codes[3].float(), one_codes.float()) and torch.equal(scales[3], one_scales)
+    assert torch.equal(dequantize(codes, scales)[3], dequantize(one_codes, one_scales))
+
+
+def test_zeros_stay_zeros_and_small_numbers_survive():
+    x = torch.zeros(2, 256)
+    x[1, :128] = 1e-8 * torch.randn(128)  # a gradient
+    back = dequantize(*quantize_tiles(x))
+    assert torch.equal(back[0], x[0]) and torch.equal(back[1, 128:], x[1, 128:])
+    assert fp8.relative(back[1], x[1]) < 0.03
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_what_is_no_number_spoils_its_whole_tile_and_no_other(bad, power_of_two):
+    x = torch.randn(2, 256)
+    x[0, 5] = bad
+    back = dequantize(*quantize_tiles(x, power_of_two))
+    assert back[0, :128].isnan().all() and back[0, 128:].isfinite().all()
+    assert back[1].isfinite().all()
+    w = torch.randn(256, 256)
+    w[200, 5] = bad
+    spoilt = dequantize(*quantize_blocks(w, power_of_two)).isnan()
+    assert spoilt[128:, :128].all() and spoilt.sum() == 128 * 128
+
+
+def test_gaussian_error_is_the_known_one():
+    """2.57 % with fp32 scales, 2.65 % with powers of two."""
+    x = torch.randn(512, 4096)
+    assert fp8.relative(dequantize(*quantize_tiles(x)), x) == pytest.approx(0.0257, abs=3e-4)
+    assert fp8.relative(dequantize(*quantize_tiles(x, True)), x) == pytest.approx(0.0265, abs=3e-4)
+
+
+# Products ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (5, 130, 127), (128, 128, 128), (33, 257, 384)])
+@pytest.mark.parametrize("b_by", [quantize_blocks, quantize_tiles], ids=["blocks", "tiles"])
+def test_product_is_that_of_the_codes(M, N, K, b_by):
+    a, b = quantize_tiles(torch.randn(M, K)), b_by(torch.randn(N, K))
+    want = exact(*a) @ exact(*b).T
+    got = fp8.fp8_gemm(*a, *b, torch.float32)
+    assert got.dtype == torch.float32 and (got - want).abs().max() <= 1e-6 * K
+    got = fp8.fp8_gemm(*a, *b)
+    assert got.dtype == torch.bfloat16
+    assert (got.double() - want).abs().max() <= 2**-8 * want.abs().max()
+
+
+def test_product_ignores_autocast():
+    a, b = quantize_tiles(torch.randn(40, 256)), quantize_blocks(torch.randn(50, 256))
+    want = fp8.fp8_gemm(*a, *b, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fp8.fp8_gemm(*a, *b, torch.float32), want)
+
+
+def operands(M=200, N=256, K=256):
+    return [*quantize_tiles(torch.randn(M, K)), *quantize_blocks(torch.randn(N, K))]
+
+
+@pytest.mark.parametrize(
+    "place, change, message",
+    [
+        (0, lambda t: t[:, :128].contiguous(), r"\(200, 1\)"),
+        (0, lambda t: t.float(), "torch.float32"),
+        (1, lambda t: t.double(), "torch.float64"),
+        (1, lambda t: t[:, :1].contiguous(), r"\(200, 1\)"),
+        (2, lambda t: t[:, :100].contiguous(), r"b: codes \(256, 100\)"),
+        (3, lambda t: t.T, "transposed view"),  # square: the shapes fit
+        (3, lambda t: t[:1].contiguous(), r"\(1, 2\)"),
+        (2, lambda t: t[0], "want a matrix"),
+    ],
+)
+def test_product_refuses(place, change, message):
+    bad = operands()
+    bad[place] = change(bad[place])
+    with pytest.raises(ValueError, match=message):
+        fp8.fp8_gemm(*bad)
+
+
+def test_product_refuses_another_K():
+    a, b = operands(K=128), operands(K=256)
+    with pytest.raises(ValueError, match=r"K differs: a \(200, 128\), b \(256, 256\)"):
+        fp8.fp8_gemm(*a[:2], *b[2:])
+
+
+# Layers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("shape", [(7,), (200,), (2, 65)])
+def test_layer_multiplies_codes_in_all_three_products(shape, blocks, power_of_two):
+    N, K = 130, 150
+    layer = FP8Linear(K, N, False, power_of_two=power_of_two, gradient_blocks=blocks)
+    x = torch.randn(*shape, K).requires_grad_()
+    y, dy = layer(x), torch.randn(*shape, N)
+    y.backward(dy)
+    rows, grads = x.detach().flatten(0, -2), dy.flatten(0, -2)
+    w = exact(*quantize_blocks(layer.weight.detach(), power_of_two))
+    x_tiles = exact(*quantize_tiles(rows, power_of_two))
+    by = quantize_blocks if blocks else quantize_tiles
+    x_along = exact(*quantize_tiles(x_tiles.float().T.contiguous(), power_of_two))
+    dy_along = exact(*quantize_tiles(grads.T.contiguous(), power_of_two))
+    pairs = [
+        (y.flatten(0, -2), x_tiles @ w.T),
+        (x.grad.flatten(0, -2), exact(*by(grads, power_of_two)) @ w),
+    ]
+    pairs.append((layer.weight.grad, dy_along @ x_along.T))
+    for got, want in pairs:
+        assert got.shape == want.shape and (got - want).abs().max() <= 1e-4
+
+
+def test_layer_is_near_a_linear_layer():
+    layer, plain = FP8Linear(256, 192), nn.Linear(256, 192)
+    plain.load_state_dict(layer.state_dict())  # the same names
+    x = torch.randn(300, 256)
+    inputs = [x.clone().requires_grad_() for _ in "ab"]
+    dy = torch.randn(300, 192)
+    for module, one in zip((layer, plain), inputs, strict=True):
+        module(one).backward(dy)
+    pairs = [(inputs[0].grad, inputs[1].grad), (layer.weight.grad, plain.weight.grad)]
+    pairs.append((layer(x), plain(x)))
+    for got, want in pairs:
+        assert F.cosine_similarity(got.flatten(), want.flatten(), 0) > 0.998
+        assert 0.01 < fp8.relative(got, want) < 0.06  # quantised, and no more than that
+    assert torch.equal(layer.bias.grad, plain.bias.grad)
+
+
+def test_layer_under_autocast():
+    layer = FP8Linear(128, 64, bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(torch.randn(4, 128))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+
+
+def test_layer_refuses():
+    with pytest.raises(ValueError, match=r"\(4, 100\), its last axis must be 128"):
+        FP8Linear(128, 64)(torch.randn(4, 100))
+
+
+@pytest.mark.parametrize("sizes", [[3, 0, 150, 1], [0, 0, 5, 0], [128, 128, 1, 0], [0, 0, 0, 0]])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_grouped_is_each_expert_alone(sizes, power_of_two):
+    weight = torch.randn(4, 130, 140).requires_grad_()
+    x, dy = torch.randn(sum(sizes), 140).requires_grad_(), torch.randn(sum(sizes), 130)
+    y = fp8.fp8_grouped_gemm(x, weight, torch.tensor(sizes), power_of_two)
+    y.backward(dy)
+    parts = zip(x.detach().split(sizes), dy.split(sizes), weight.detach(), range(4), strict=True)
+    start = 0
+    for rows, grads, w, e in parts:
+        layer = FP8Linear(140, 130, False, power_of_two=power_of_two)
+        layer.weight.data = w
+        place = slice(start, start := start + len(rows))
+        if len(rows) == 0:
+            assert weight.grad[e].abs().max() == 0
+            continue
+        one = rows.clone().requires_grad_()
+        want = layer(one)
+        want.backward(grads)
+        assert (y[place] - want).abs().max() <= 1e-4
+        assert (x.grad[place] - one.grad).abs().max() <= 1e-4
+        assert (weight.grad[e] - layer.weight.grad).abs().max() <= 1e-4
+
+
+def test_grouped_refuses():
+    with pytest.raises(ValueError, match="sizes summing to 5"):
+        fp8.fp8_grouped_gemm(torch.randn(6, 8), torch.randn(2, 4, 8), torch.tensor([2, 3]))
+
+
+# The experiments -----------------------------------------------------------------------------
+
+
+def test_hopper_sum():
+    """By hand: 14 bits beside 2^13 hold whole numbers, and halves are cut."""
+    a = torch.tensor([[2.0**13] + [0.5] * 31])
+    b = torch.ones(1, 32)
+    assert fp8.hopper_sum(a, b).item() == 2**13
+    assert fp8.hopper_sum(a, b, bits=15).item() == 2**13 + 15.5
+    a = torch.cat((a, torch.full((1, 96), 0.5), torch.full((1, 32), 0.5)), 1)
+    b = torch.ones(1, 160)
+    assert fp8.hopper_sum(a, b).item() == 2**13
+    assert fp8.hopper_sum(a, b, promote=128).item() == 2**13 + 16
+
+
+def test_a_wide_sum_is_exact():
+    a, b = torch.randn(5, 256), torch.randn(7, 256)
+    want = a.double() @ b.double().T
+    assert (fp8.hopper_sum(a, b, bits=40) - want).abs().max() <= 1e-8
+
+
+# In 06 ---------------------------------------------------------------------------------------
+
+
+def test_model_in_fp8():
+    """Linears of MLA, FFN and experts; embedding, head, router, norms and kv_b_proj stay."""
+    config = chapter.QUICK
+    model, plain = chapter.DeepSeek(config, "fp8"), chapter.DeepSeek(config)
+    plain.load_state_dict(model.state_dict())
+    kinds = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, FP8Linear)}
+    assert kinds == {"q_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    grouped = [m.experts.grouped_gemm for m in model.mixtures() + model.mtp_mixtures()]
+    assert set(grouped) == {fp8.fp8_grouped_gemm} and len(grouped) == 2
+    rows = torch.randint(config.vocab_size, (2, 33))
+    losses = []
+    for one in model, plain:
+        loss, further = one.train().losses(rows, 0.3)
+        (loss + further).backward()
+        losses.append(loss.item())
+    assert 0 < abs(losses[0] / losses[1] - 1) < 1e-2
+    gradients = [torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, plain)]
+    assert F.cosine_similarity(*gradients, 0) > 0.95
+
+
+def test_precision_is_one_of_two():
+    with pytest.raises(ValueError, match="bf16, fp8, not 'fp4'"):
+        chapter.DeepSeek(chapter.QUICK, "fp4")
