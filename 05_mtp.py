@@ -6,7 +6,8 @@ r"""05 · MTP: predict two tokens at a time; train on both, then let the second 
 
 DeepSeek-V3 guesses the token after the next one right 85-90 % of the time [1]. A pass that checks
 such a guess is hardly dearer than one that makes a token, and when the guess was right it has made
-two: 1.8 times the tokens a second, and not one token of the text is another.
+two: 1.8 times the tokens a second, of the same text. (On a CPU and at a small size a draft costs
+half a pass, as the right figure shows: there is little left to win, and the text is the same.)
 
     t₁ … t_T ─► trunk ─► norm ─► hᵢ ──────────┬────► head ─► P(tᵢ₊₁)        the main model
                                               ▼
@@ -87,7 +88,7 @@ def output_distribution(p: Tensor, q: Tensor) -> Tensor:
 # %% 2. The piece ----------------------------------------------------------------------------
 
 
-# >>> copy: MTPModule, mtp_loss, probabilities, choose, speculative_generate (needs torch)
+# >>> copy: MTPModule, mtp_loss, choose, accept_or_redraw, speculative_generate (needs torch)
 class MTPModule(nn.Module):
     """One depth of multi-token prediction (V3 eq. 21, 22): the state that predicts tᵢ₊₂, not tᵢ₊₁.
 
@@ -129,13 +130,16 @@ def mtp_loss(
     embed, head: the main model's, (B, T) -> (B, T, C) and (…, C) -> (…, V).
     documents: (B, T + 1) int, which document a token is of; where hᵢ and the token that joins it
     are of two, nothing is predicted. nats: head and −Σ ln p in one, (N, C), (N,) -> (); labels of
-    -100 don't count. ValueError: no module, tokens of another length, or fewer than D + 2.
+    -100 don't count. ValueError: no module, tokens or documents of another shape, or fewer than
+    D + 2 tokens.
     """
     (B, T), D = hidden.shape[:2], len(modules)
     if D == 0:
         raise ValueError("MTP of depth 0: there is no module to train")
     if tokens.shape != (B, T + 1):
         raise ValueError(f"hidden of {B} x {T} wants tokens ({B}, {T + 1}): {tuple(tokens.shape)}")
+    if documents is not None and documents.shape != tokens.shape:
+        raise ValueError(f"documents {tuple(documents.shape)}, tokens {tuple(tokens.shape)}")
     if T + 1 < D + 2:
         raise ValueError(f"depth {D} predicts nothing in {T + 1} tokens: it needs {D + 2}")
 
@@ -154,12 +158,20 @@ def mtp_loss(
     return weight / D * total / (B * T)
 
 
+def validate_drawing(temperature: float, top_p: float) -> None:
+    """ValueError: temperature below 0, or so near 0 that logits would overflow; top_p not > 0."""
+    if not (temperature == 0 or 1e-5 <= temperature < float("inf")) or not 0 < top_p <= 1:
+        got = f"{temperature}, {top_p}"
+        raise ValueError(f"want temperature 0 or >= 1e-5, and 0 < top_p <= 1, got {got}")
+
+
 def probabilities(logits: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
     """logits: (…, V) -> the distribution to draw from, (…, V) fp32.
 
     temperature 0 puts all of it on the likeliest token. top_p < 1 keeps the smallest set of tokens
-    that holds so much.
+    that holds so much. ValueError as `validate_drawing`.
     """
+    validate_drawing(temperature, top_p)
     if temperature == 0:
         likeliest = logits.argmax(-1, keepdim=True)
         return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, likeliest, 1.0)
@@ -173,7 +185,7 @@ def probabilities(logits: Tensor, temperature: float, top_p: float = 1.0) -> Ten
 
 
 def choose(logits: Tensor, temperature: float, top_p: float = 1.0, generator=None) -> Tensor:
-    """logits: (B, V) -> one token a row, (B,)."""
+    """logits: (B, V) -> one token a row, (B,); the other arguments as in `probabilities`."""
     if temperature == 0:
         return logits.argmax(-1)
     probs = probabilities(logits, temperature, top_p)
@@ -186,8 +198,13 @@ def accept_or_redraw(
     """Is the draft taken, and which token comes behind it, or in its place (arXiv:2211.17192)?
 
     draft: (B,), drawn from q_logits (B, V); logits: (B, 2, V), the main model's for the draft's
-    place and for the next -> bool (B,), tokens (B,). Both are distributed as the main model's.
+    place and for the next -> bool (B,), tokens (B,). The text, with the draft where it is taken, is
+    distributed as the main model's. ValueError: other shapes.
     """
+    B, V = q_logits.shape
+    if draft.shape != (B,) or logits.shape != (B, 2, V):
+        got = f"{tuple(draft.shape)}, {tuple(q_logits.shape)}, {tuple(logits.shape)}"
+        raise ValueError(f"want draft (B,), q_logits (B, V), logits (B, 2, V), got {got}")
     if temperature == 0:  # what the rule below comes to where p and q are sure
         likeliest = logits.argmax(-1)  # (B, 2)
         taken = draft == likeliest[:, 0]
@@ -197,6 +214,7 @@ def accept_or_redraw(
     uniform = torch.rand(len(draft), generator=generator, device=draft.device)
     taken = uniform * q_draft < p_draft  # with probability min(1, p/q)
     rest = (p[:, 0] - q).clamp(min=0)  # where p says more than q has brought
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[:, 0])  # p = q but for rounding
     following = torch.where(taken[:, None], p[:, 1], rest)
     return taken, torch.multinomial(following, 1, generator=generator)[:, 0]
 
@@ -211,6 +229,7 @@ def speculative_generate(
 
     Returns the new tokens of each prompt, and of each draft whether it was accepted. Greedy text
     (temperature 0) is the main model's own; sampled text has its distribution (arXiv:2211.17192).
+    A pass over two tokens may round otherwise than one over one: in bf16 that decides near ties.
     prompts may differ in length; a row ends with eos_token_id (kept) or max_new_tokens.
 
     model: embed(tokens) -> (B, T, C), hidden(tokens, caches) -> (B, T, C) behind the last norm,
@@ -223,10 +242,9 @@ def speculative_generate(
         raise ValueError("no MTP module to draft with: use generate, or train one")
     if not prompts or min(lengths) == 0:
         raise ValueError(f"every prompt needs at least one token, got lengths {lengths}")
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 0:
-        got = f"{temperature}, {top_p}, {max_new_tokens}"
-        raise ValueError(f"want temperature >= 0, 0 < top_p <= 1, max_new_tokens >= 0: {got}")
-
+    if max_new_tokens < 0:
+        raise ValueError(f"want max_new_tokens >= 0, got {max_new_tokens}")
+    validate_drawing(temperature, top_p)  # now, not behind the first pass
     drawing = temperature, top_p, generator
     B, room, device = len(prompts), max(lengths) + max_new_tokens, module.enorm.weight.device
     padded = torch.zeros(B, max(lengths), dtype=torch.int64)  # on the right
@@ -348,7 +366,7 @@ class TinyBlock(nn.Module):
 
 
 class TinyModel(nn.Module):
-    """Two blocks, and MTP modules behind them: tokens (B, T) -> logits (B, T, V)."""
+    """A few blocks, and MTP modules behind them: tokens (B, T) -> logits (B, T, V)."""
 
     def __init__(self, vocab_size: int, width: int, layers: int = 2, depth: int = 1):
         super().__init__()
@@ -370,7 +388,8 @@ class TinyModel(nn.Module):
 
     def new_caches(self, batch: int, max_tokens: int, layers: int | None = None) -> list:
         width, like = self.embed.weight.shape[1], self.embed.weight
-        return [Slots(batch, max_tokens, width, like) for _ in range(layers or len(self.blocks))]
+        count = len(self.blocks) if layers is None else layers
+        return [Slots(batch, max_tokens, width, like) for _ in range(count)]
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -424,6 +443,8 @@ def verify_loss(device: torch.device) -> None:
     changed = tokens.clone()
     changed[:, 7:] = (changed[:, 7:] + 1) % 17  # the labels of positions 5 and later
     check("a guess of t₇ sees t₀ … t₆ alone", guesses(changed)[:, :6], guesses(tokens)[:, :6], 0)
+    if torch.equal(guesses(changed)[:, 6], guesses(tokens)[:, 6]):
+        raise SystemExit("check    a guess of t₈ doesn't see t₇   WRONG")
 
 
 def verify_no_leak(device: torch.device, V: int = 8) -> None:
@@ -470,10 +491,10 @@ def verify_sampling(device: torch.device, rows: int = 20_000, V: int = 3) -> Non
     powers = torch.tensor([V * V, V, 1])
     counts = (torch.tensor(new) * powers).sum(-1).bincount(minlength=V**3).to(device)
     chi_square = ((counts - rows * expected).square() / (rows * expected)).sum().cpu()
-    # of 26 degrees of freedom; a right decoder exceeds 54.1 in one run of a thousand
-    check(f"χ² of {rows:,} sampled texts, {V**3} kinds", chi_square, torch.tensor(0.0), 54.1)
+    # of 26 degrees of freedom; a right decoder exceeds 60 in one run of six thousand
+    check(f"χ² of {rows:,} sampled texts, {V**3} kinds", chi_square, torch.tensor(0.0), 60)
     power = rows * ((blind - expected).square() / expected).sum() + V**3 - 1
-    measure("chi_square_if_all_drafts_were_taken", power.item(), "expected; the limit is 54.1")
+    measure("chi_square_if_all_drafts_were_taken", power.item(), "expected; the limit is 60")
 
 
 @torch.no_grad()
@@ -524,10 +545,10 @@ def guesses_of(
         kinds, ends = kinds_of("".join(pieces)), list(itertools.accumulate(map(len, pieces)))
         position = 1  # the first new token is no draft's
         for accepted in row:
-            if position < len(tokens):
-                place = len(prompt) + position
-                begin, piece = ends[place - 1], pieces[place]
-                begin += len(piece) - len(piece.lstrip()) if piece.strip() else 0  # " return"
+            place = len(prompt) + position
+            begin, piece = ends[place - 1], pieces[place]
+            begin += len(piece) - len(piece.lstrip()) if piece.strip() else 0  # " return"
+            if piece:  # a special token may have no text
                 found.append(Guess(position, kinds[begin], accepted))
             position += 1 + accepted
     return found
@@ -542,6 +563,18 @@ def rates_on(model, module: MTPModule, tokens: Tensor) -> tuple[float, float]:
     q = model.head(module(model.embed(tokens[:, 1:]), states[:, :-1])).float().softmax(-1)
     same = (p.argmax(-1) == q.argmax(-1)).float().mean().item()
     return same, torch.minimum(p, q).sum(-1).mean().item()
+
+
+@torch.no_grad()
+def logit_gap(model, prompt: list[int], plain: list[int], other: list[int]) -> float:
+    """By how much the main model prefers its own token where two texts part; 0 if they don't."""
+    if plain == other:
+        return 0.0
+    place = next(i for i, pair in enumerate(zip(plain, other, strict=True)) if len(set(pair)) == 2)
+    device = next(model.parameters()).device
+    text = torch.tensor([prompt + plain[:place]], device=device)
+    logits = model.head(model.hidden(text))[0, -1]
+    return (logits[plain[place]] - logits[other[place]]).abs().item()
 
 
 @torch.no_grad()
@@ -622,8 +655,8 @@ def report(model, prompts: list[list[int]], held_out: Tensor, decode: Callable, 
         found = guesses_of(prompts, texts, verdicts, decode)  # the figure shows drawn text
         rates[temperature] = statistics.fmean(guess.accepted for guess in found)
         if temperature == 0:
-            plain = model.generate(prompts, new)
-            identical = sum(a == b for a, b in zip(texts, plain, strict=True))
+            greedy, plain = texts, model.generate(prompts, new)
+            identical = sum(a == b for a, b in zip(greedy, plain, strict=True))
     measure("acceptance", rates[0.0], f"greedy text behind {len(prompts)} prompts   [1]: 0.85-0.90")
     measure("acceptance_drawn", rates[1.0], "text drawn at temperature 1")
     same, overlap = rates_on(model, module, held_out)
@@ -631,6 +664,12 @@ def report(model, prompts: list[list[int]], held_out: Tensor, decode: Callable, 
     measure("overlap_on_given_text", overlap, "1 − TV of the two distributions there")
     measure("tokens_per_step", 1 + rates[0.0], "a draft and a pass over two tokens are a step")
     measure("identical_prompts", identical, f"of {len(prompts)}, {new} tokens each, as without MTP")
+    gaps = [logit_gap(model, *row) for row in zip(prompts, plain, greedy, strict=True)]
+    # fp32 on a CPU: 0. In bf16 or on a GPU two rows may round otherwise than one, at a near tie.
+    tol = 0 if held_out.device.type == "cpu" else 1e-2
+    check(
+        "texts with and without MTP: gap of logits", torch.tensor(max(gaps)), torch.tensor(0.0), tol
+    )
 
     cost = costs(model, module, prompts[0])
     relative = {name: value / cost["plain"] for name, value in cost.items()}
@@ -677,7 +716,7 @@ def draw(out: Path, found: list[Guess], points: list, cost: dict[str, float]) ->
     middle.barh([f"{name} ({len(by_kind[name]):,})" for name in names], rates)
     middle.invert_yaxis()
     middle.set(xlabel="drafts accepted", xlim=(0, 1))
-    (easy, *_, hard), (high, *_, low) = names, rates
+    easy, hard, high, low = names[0], names[-1], rates[0], rates[-1]
     middle.set_title(f"From {hard} to {easy}: {low:.0%} to {high:.0%}")
     a = torch.linspace(0, 1, 50).tolist()
     right.plot(a, [expected_speedup(x, cost) for x in a], label="(1 + a) / (verify two + draft)")
@@ -745,10 +784,11 @@ def bench(device: torch.device) -> None:
 
 
 # %% Exercises -------------------------------------------------------------------------------
-# 1. Break it: let position i of the module see token i + 2, by embed(tokens[:, k + 1 :]) and labels
-#    cut to fit. Which check stops the chapter? What do the loss on dice and acceptance become?
-# 2. Take the truncate of the main caches out of speculative_generate. Why is the first rejected
-#    draft harmless and the second token behind it not?
+# 1. Break it: in mtp_loss let the module see token i + 2, by embed(tokens[:, k + 1 :]). Which check
+#    stops the chapter? Take it out, and the next: what become the loss on dice and the acceptance
+#    of a model that was trained so?
+# 2. Keep rejected drafts: give `room` twice its size, and take the truncate behind them out of
+#    speculative_generate. Which check stops the chapter? At which token does a text go wrong first?
 # 3. Draft two tokens a step with a chain of two modules. What must become of the second module's
 #    cache when the first draft is rejected? From which acceptance of the second one does it pay?
 

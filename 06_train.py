@@ -382,7 +382,8 @@ class DeepSeek(nn.Module):
 
         temperature 0 takes the likeliest token; top_p < 1 samples from the smallest set of tokens
         that holds so much probability. A row ends with eos_token_id (kept) or max_new_tokens.
-        speculative: the MTP module drafts, for the same text in fewer passes (05).
+        speculative: the MTP module drafts. Fewer passes, the same text where it is greedy, the same
+        distribution where it is drawn (05).
         """
         lengths = [len(prompt) for prompt in prompts]
         room, limit = max(lengths, default=0) + max_new_tokens, self.config.max_position_embeddings
@@ -390,8 +391,9 @@ class DeepSeek(nn.Module):
             raise ValueError(f"every prompt needs at least one token, got lengths {lengths}")
         if room > limit:
             raise ValueError(f"prompt + new tokens = {room} > max_position_embeddings = {limit}")
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise ValueError(f"want temperature >= 0 and 0 < top_p <= 1: {temperature}, {top_p}")
+        if max_new_tokens < 0:
+            raise ValueError(f"want max_new_tokens >= 0, got {max_new_tokens}")
+        mtp.validate_drawing(temperature, top_p)
         if speculative:
             module = self.mtp[0] if self.mtp else None
             settings = max_new_tokens, temperature, top_p, eos_token_id, generator
@@ -456,7 +458,7 @@ class DeepSeek(nn.Module):
             files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise ValueError(f"{folder} has no *.safetensors")
-        got, behind = {}, {}
+        got, behind, shared = {}, {}, {}
         for file in files:
             try:
                 with safe_open(file, "pt", device=str(device)) as tensors:
@@ -464,8 +466,9 @@ class DeepSeek(nn.Module):
                         layer = regex.match(r"model\.layers\.(\d+)\.", name)
                         if not layer or int(layer[1]) < config.num_hidden_layers:
                             got[name] = tensors.get_tensor(name)
-                        elif with_mtp and not name.endswith(SHARED):
-                            behind[name] = tensors.get_tensor(name)
+                        elif with_mtp:
+                            part = shared if name.endswith(SHARED) else behind
+                            part[name] = tensors.get_tensor(name)
             except (SafetensorError, FileNotFoundError) as error:
                 raise ValueError(f"{file} can't be read: {error}") from None
         if with_mtp and bool(behind) != bool(config.num_nextn_predict_layers):
@@ -475,6 +478,10 @@ class DeepSeek(nn.Module):
         if not behind or not config.num_nextn_predict_layers:
             config, behind = replace(config, num_nextn_predict_layers=0), {}
         got |= behind
+        for name, tensor in shared.items():
+            ours = "model.embed_tokens" if name.endswith(SHARED[0]) else "lm_head"
+            if behind and not torch.equal(tensor, got.get(f"{ours}.weight", tensor)):
+                raise ValueError(f"{folder}: {name} is not {ours}.weight, which MTP shares here")
         with torch.device("meta"):
             model = cls(config)
         want = released_tensors(model)
@@ -918,7 +925,7 @@ def make_optimizer(model: DeepSeek, recipe: Recipe) -> torch.optim.AdamW:
 
 def training_step(
     model: DeepSeek, optimizer, recipe: Recipe, rows: list[Tensor], scale: float, mtp_weight: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | float, Tensor | None]:
     """One update from `accumulate` batches (B, T + 1) -> mean loss (nats), mean MTP loss, weighted,
     loads (layers, E), those of the MTP modules last."""
     device, mixtures = model.lm_head.weight.device, model.mixtures() + model.mtp_mixtures()
@@ -1092,8 +1099,8 @@ def train(
             state["step"] += 1
             state["seconds"] += time.perf_counter() - begin
             entry = {"step": state["step"], "loss": loss, "seconds": state["seconds"]}
-            if model.mtp:
-                entry["mtp_loss"] = float(drafting) / weight
+            if model.mtp and weight:
+                entry["mtp_loss"] = float(drafting) / weight  # by T, as in the paper, not T − 1
             if loads is not None:
                 entry["max_violation"] = moe.max_violation(loads).tolist()
             speed = per_step * state["step"] / state["seconds"]

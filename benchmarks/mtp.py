@@ -8,8 +8,8 @@ against acceptance.
 --ablation N instead trains the nano model for N steps with MTP and without, three seeds each, and
 compares the main head's held-out loss.
 
-Run:  python benchmarks/mtp.py runs/nano            2 minutes on two CPU cores
-      python benchmarks/mtp.py --ablation 600      12 minutes
+Run:  python benchmarks/mtp.py runs/nano            1 minute on two CPU cores
+      python benchmarks/mtp.py --ablation 600      11 minutes
 """
 
 import argparse

@@ -112,6 +112,19 @@ def test_pairs_across_a_border_predict_nothing(depth):
     assert torch.equal(same, loss_of(model, tokens))
 
 
+def test_loss_refuses_documents_of_another_shape():
+    with pytest.raises(ValueError, match=r"documents \(2, 8\), tokens \(2, 9\)"):
+        loss_of(tiny(), torch.randint(13, (2, 9)), documents=torch.zeros(2, 8, dtype=torch.int64))
+
+
+def test_loss_of_bf16_logits_is_summed_in_fp32():
+    model, tokens = tiny().float(), torch.randint(13, (2, 9))
+    hidden = model.hidden(tokens[:, :-1])
+    head = lambda h: model.head(h).bfloat16()
+    got = mtp.mtp_loss(model.mtp, model.embed, head, hidden, tokens)
+    assert got.dtype == torch.float32
+
+
 def test_loss_through_a_fused_head():
     model, tokens = tiny(), torch.randint(13, (2, 9))
     seen = []
@@ -427,7 +440,7 @@ ROWS = 20_000
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.0, 0.75)])
 def test_sampled_text_has_the_main_models_distribution(temperature, top_p, monkeypatch):
-    """Texts of three tokens, all 27 of them; the same test must reject three wrong decoders."""
+    """Texts of three tokens, all 27 of them; the same test must reject two wrong decoders."""
     p, q = torch.rand(2, 3, 3).square() + 0.02
     table = Table(p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True))
     exact = mtp.probabilities(table.p.log(), temperature, top_p)
@@ -461,6 +474,24 @@ def test_sampled_text_has_the_main_models_distribution(temperature, top_p, monke
         assert off > 2 * LIMIT or wrong[~possible].sum() > 0
 
 
+def test_a_draft_refused_by_rounding_alone_is_drawn_from_p(monkeypatch):
+    """p and q are equal but for rounding: nothing of p may be left above q."""
+    p = torch.randn(3000, 3)
+    logits, q_logits = p[:, None].repeat(1, 2, 1), p + 5 * torch.rand(3000, 1)
+    largest = lambda B, **_: torch.full((B,), 1 - 2.0**-24)
+    monkeypatch.setattr(torch, "rand", largest)
+    draft = torch.zeros(3000, dtype=torch.int64)
+    taken, following = mtp.accept_or_redraw(draft, q_logits, logits, 1.0)
+    assert not taken.all() and following.max() <= 2
+
+
+@pytest.mark.parametrize("draft, logits", [((1,), (2, 2, 5)), ((2,), (2, 3, 5)), ((2,), (2, 2, 4))])
+def test_judging_refuses_other_shapes(draft, logits):
+    with pytest.raises(ValueError, match=r"want draft \(B,\)"):
+        index = torch.zeros(draft, dtype=torch.int64)
+        mtp.accept_or_redraw(index, torch.randn(2, 5), torch.randn(logits), 0.0)
+
+
 def test_the_same_seed_draws_the_same_text():
     model, prompts = tiny(), prompts_of(13, (3, 5))
     settings = dict(max_new_tokens=20, temperature=0.8, top_p=0.9)
@@ -489,6 +520,8 @@ def test_probabilities():
         (dict(prompts=[[1], []]), r"\[1, 0\]"),
         (dict(temperature=-1.0), "-1.0"),
         (dict(top_p=0.0), "0.0"),
+        (dict(temperature=math.nan), "nan"),
+        (dict(temperature=1e-39), "1e-39"),
         (dict(max_new_tokens=-1), "-1"),
         (dict(module=None), "no MTP module"),
     ],
@@ -535,6 +568,19 @@ def test_the_released_names(tmp_path):
     embedding = stored["model.layers.3.embed_tokens.weight"]
     assert torch.equal(embedding, stored["model.embed_tokens.weight"])
     assert torch.equal(stored["model.layers.3.shared_head.head.weight"], stored["lm_head.weight"])
+
+
+def test_a_head_of_the_modules_own_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    deepseek().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    stored = load_file(file)
+    stored["model.layers.3.shared_head.head.weight"] += 1
+    save_file(stored, file)
+    with pytest.raises(ValueError, match="shared_head.head.weight is not lm_head.weight"):
+        chapter.DeepSeek.from_pretrained(tmp_path)
+    assert not chapter.DeepSeek.from_pretrained(tmp_path, with_mtp=False).mtp
 
 
 def test_losses_are_the_two_losses():
@@ -619,12 +665,34 @@ def test_rates_of_a_perfect_and_of_a_blind_module():
 
     class Copies(nn.Module):  # knows the main model's next state
         def forward(self, embedded, hidden):
+            assert torch.equal(embedded, model.embed(tokens[:, 1:]))
+            assert torch.equal(hidden, model.hidden(tokens)[:, :-1])
             return model.hidden(tokens)[:, 1:]
 
     same, overlap = mtp.rates_on(model, Copies(), tokens)
     assert same == 1.0 and overlap == pytest.approx(1.0, abs=1e-6)
     same, overlap = mtp.rates_on(model, model.mtp[0], tokens)
     assert same < 1 and overlap < 1
+
+
+def test_race_says_how_many_times_as_fast(monkeypatch):
+    model = tiny()
+    times = {model.generate.__name__: 3.0}
+    monkeypatch.setattr(
+        mtp, "seconds", lambda task, *a: task(*a) and 0 or times.get(task.__name__, 2.0)
+    )
+    ratio, acceptance = mtp.race(model, model.mtp[0], prompts_of(13, (3, 4, 5)), 9, rounds=2)
+    assert ratio == 1.5 and 0 <= acceptance <= 1
+
+
+def test_gap_of_logits_where_two_texts_part():
+    model = tiny()
+    [plain] = model.generate([[1, 2]], 6)
+    other = plain[:3] + [(plain[3] + 1) % 13] + plain[4:]
+    logits = model(torch.tensor([[1, 2, *plain[:3]]]))[0, -1]
+    want = (logits[plain[3]] - logits[other[3]]).item()
+    assert want > 0 and mtp.logit_gap(model, [1, 2], plain, other) == pytest.approx(want)
+    assert mtp.logit_gap(model, [1, 2], plain, plain) == 0
 
 
 def test_expected_speedup():
