@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.11,<=2.13", "matplotlib>=3.8", "numpy>=1.26"]
+# dependencies = [
+#   "torch>=2.11,<=2.13", "triton>=3.6; sys_platform == 'linux'", "matplotlib>=3.8", "numpy>=1.26",
+# ]
 # ///
 r"""04 · FP8: eight bits a number, a scale for every 128 of them, and sums that stay in fp32.
 
@@ -41,6 +43,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+try:
+    import triton
+    from triton import language as tl
+except ImportError:  # macOS, Windows: the PyTorch twins do it all
+    triton = tl = None
+
 # %% 1. The format and the equations, word for word ------------------------------------------
 
 
@@ -80,18 +88,152 @@ def quantize_reference(x: Tensor, rows: int, columns: int, power_of_two=False) -
 
 
 # %% 2. The piece ----------------------------------------------------------------------------
-# These are the PyTorch twins: on any machine the very codes and scales that a kernel makes, and
-# their product summed in fp32. What a tensor core may do otherwise is the order of a sum.
+# A kernel for a CUDA tensor, and for any other its PyTorch twin: the very same codes and scales,
+# and their product summed in fp32 in another order.
 
 
-# >>> copy: quantize_tiles, quantize_blocks, dequantize, fp8_gemm, FP8Linear (needs torch)
+# >>> copy: quantize_tiles, quantize_blocks, fp8_gemm, FP8Linear (needs torch, triton, tl)
+if triton is not None:
+
+    @triton.jit
+    def _to_e4m3(x, scale, BY_HAND: tl.constexpr):
+        """x / scale as E4M3; BY_HAND: onto its grid first, where a cast is not to be trusted."""
+        q = tl.math.div_rn(x, tl.broadcast_to(scale, x.shape))  # `/` is off by a bit or two
+        if BY_HAND:
+            exponent = tl.maximum(((q.to(tl.int32, bitcast=True) >> 23) & 255) - 127, -6)
+            step = ((exponent - 3 + 127) << 23).to(tl.float32, bitcast=True)
+            shift = step * 12582912.0  # 1.5 · 2^23: what is added to it loses all below a step
+            grid = tl.minimum(tl.abs((q + shift) - shift), 448.0)
+            sign = q.to(tl.int32, bitcast=True) & -2147483648
+            q = (grid.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        return q.to(tl.float8e4nv)
+
+    @triton.jit
+    def _scale_of(amax, all_finite, POWER_OF_TWO: tl.constexpr):
+        scale = tl.math.div_rn(tl.maximum(amax, 7.888609052210118e-31), 448.0)
+        if POWER_OF_TWO:
+            bits = (scale.to(tl.int32, bitcast=True) + 0x007FFFFF) & 0x7F800000
+            scale = bits.to(tl.float32, bitcast=True)
+        return tl.where(all_finite, scale, float("nan"))
+
+    @triton.jit
+    def quantize_tiles_kernel(
+        x, codes, scales, M, K, POWER_OF_TWO: tl.constexpr, BY_HAND: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):  # fmt: skip
+        """ROWS tiles of 1×128 below one another; x: (M, K)."""
+        row, tile = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+        column = tile * 128 + tl.arange(0, 128)
+        inside = (row[:, None] < M) & (column[None, :] < K)
+        place = row[:, None].to(tl.int64) * K + column[None, :]
+        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)  # (ROWS, 128)
+        finite = tl.min((tl.abs(value) < float("inf")).to(tl.int32), 1) == 1  # False for NaN too
+        scale = _scale_of(tl.max(tl.abs(value), 1), finite, POWER_OF_TWO)  # (ROWS,)
+        tl.store(codes + place, _to_e4m3(value, scale[:, None], BY_HAND), mask=inside)
+        tl.store(scales + row.to(tl.int64) * tl.cdiv(K, 128) + tile, scale, mask=row < M)
+
+    @triton.jit
+    def quantize_blocks_kernel(
+        w, codes, scales, N, K, POWER_OF_TWO: tl.constexpr, BY_HAND: tl.constexpr
+    ):
+        """One block of 128×128; w: (N, K)."""
+        row = tl.program_id(0) * 128 + tl.arange(0, 128)
+        column = tl.program_id(1) * 128 + tl.arange(0, 128)
+        inside = (row[:, None] < N) & (column[None, :] < K)
+        place = row[:, None].to(tl.int64) * K + column[None, :]
+        value = tl.load(w + place, mask=inside, other=0.0).to(tl.float32)  # (128, 128)
+        finite = tl.min(tl.min((tl.abs(value) < float("inf")).to(tl.int32), 1), 0) == 1
+        scale = _scale_of(tl.max(tl.max(tl.abs(value), 1), 0), finite, POWER_OF_TWO)  # ()
+        tl.store(codes + place, _to_e4m3(value, scale, BY_HAND), mask=inside)
+        tl.store(scales + tl.program_id(0) * tl.cdiv(K, 128) + tl.program_id(1), scale)
+
+    @triton.jit
+    def fp8_gemm_kernel(
+        a, a_scales, b, b_scales, out, M, N, K, A_BLOCKS: tl.constexpr, B_BLOCKS: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
+    ):  # fmt: skip
+        """One tile (BM, BN) of out = a bᵀ. GROUP rows of tiles follow one another: their a, and
+        the b that they share, stay in L2."""
+        pid, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
+        first = pid // (GROUP * tiles_n) * GROUP
+        height = tl.minimum(tiles_m - first, GROUP)
+        m0 = (first + pid % (GROUP * tiles_n) % height) * BM
+        n0 = pid % (GROUP * tiles_n) // height * BN
+        m, n, k = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN), tl.arange(0, 128)
+        a_at = a + m[:, None].to(tl.int64) * K + k[None, :]
+        b_at = b + n[None, :].to(tl.int64) * K + k[:, None]
+        steps = tl.cdiv(K, 128)
+        a_scale_at = a_scales + (m // 128 if A_BLOCKS else m).to(tl.int64) * steps
+        ONE: tl.constexpr = B_BLOCKS and 128 % BN == 0  # one scale for all columns of the tile
+        b_scale_at = b_scales + (n // 128 if B_BLOCKS else n).to(tl.int64) * steps
+        b_one_at = b_scales + n0 // 128 * steps
+        total = tl.zeros((BM, BN), tl.float32)
+        for step in range(steps):
+            inside = k < K - step * 128
+            x = tl.load(a_at, mask=(m[:, None] < M) & inside[None, :], other=0.0)
+            w = tl.load(b_at, mask=(n[None, :] < N) & inside[:, None], other=0.0)
+            a_scale = tl.load(a_scale_at + step, mask=m < M, other=0.0)
+            part = tl.dot(x, w)  # a fresh one: carried on, a Hopper would sum in 14 bits
+            if ONE:
+                total += part * (a_scale * tl.load(b_one_at + step))[:, None]
+            else:
+                b_scale = tl.load(b_scale_at + step, mask=n < N, other=0.0)
+                total += part * a_scale[:, None] * b_scale[None, :]
+            a_at += 128
+            b_at += 128
+        place = m[:, None].to(tl.int64) * N + n[None, :]
+        inside = (m[:, None] < M) & (n[None, :] < N)
+        tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Cards before sm_89 multiply no FP8, and Triton casts none for them."""
+    return x.is_cuda and triton is not None and torch.cuda.get_device_capability(x.device) >= (8, 9)
+
+
+def gemm_config(M: int, b_blocks: bool, capability: tuple[int, int]) -> tuple[dict, dict]:
+    """The tile, and how to launch it: none of these spills (the tests compile and look)."""
+    if capability[0] not in (9, 10):  # 99 KB of shared memory, products by warps
+        return {"BM": 64, "BN": 64, "GROUP": 8}, {"num_warps": 4, "num_stages": 3}
+    if M > 64 and b_blocks:
+        return {"BM": 128, "BN": 128, "GROUP": 8}, {"num_warps": 8, "num_stages": 3}
+    # wgmma takes 64 rows at least; a scale for each column needs registers of its own
+    return {"BM": 64, "BN": 128, "GROUP": 8}, {"num_warps": 4, "num_stages": 3}
+
+
+def launch_quantize(x: Tensor, blocks: bool, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """`quantize_tiles` or `quantize_blocks` of a matrix by their kernels."""
+    (M, K), T = x.shape, -(-x.shape[1] // 128)
+    codes = torch.empty(M, K, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(-(-M // 128) if blocks else M, T, dtype=torch.float32, device=x.device)
+    by_hand = not x.is_cuda  # Triton's interpreter, whose cast loses a carry
+    arguments = x.contiguous(), codes, scales, M, K, power_of_two, by_hand
+    if blocks and codes.numel():
+        quantize_blocks_kernel[(len(scales), T)](*arguments, num_warps=8)
+    elif codes.numel():
+        quantize_tiles_kernel[(-(-M // 32), T)](*arguments, ROWS=32)
+    return codes, scales
+
+
+def launch_gemm(a, a_scales, b, b_scales, out_dtype, config: tuple[dict, dict]) -> Tensor:
+    """`fp8_gemm` by its kernel."""
+    (M, K), N, (tile, launch) = a.shape, len(b), config
+    out = torch.empty(M, N, dtype=out_dtype, device=a.device)
+    by_blocks = [len(s) != len(x) for x, s in ((a, a_scales), (b, b_scales))]
+    grid = (-(-M // tile["BM"]) * -(-N // tile["BN"]),)
+    if out.numel():
+        operands = a.contiguous(), a_scales, b.contiguous(), b_scales, out
+        fp8_gemm_kernel[grid](*operands, M, N, K, *by_blocks, **tile, **launch)
+    return out
+
+
 def _scales_of(amax: Tensor, power_of_two: bool) -> Tensor:
     """amax / 448 in fp32; power_of_two: the next one at or above it."""
     scales = amax.float().clamp(min=2.0**-100) / 448  # of a tile of zeros: anything but 0
+    finite = scales.isfinite()
     if power_of_two:  # one step past the mantissa carries into the exponent, unless it is 0
-        bits = (scales.view(torch.int32) + 0x007FFFFF) & 0x7F800000
-        scales = torch.where(scales.isfinite(), bits.view(torch.float32), scales)
-    return scales
+        scales = ((scales.view(torch.int32) + 0x007FFFFF) & 0x7F800000).view(torch.float32)
+    return torch.where(finite, scales, float("nan"))
 
 
 def quantize_tiles(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
@@ -102,6 +244,9 @@ def quantize_tiles(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tenso
     whole tile NaN. DeepSeek's code treats amax below 1e-4 as 1e-4; gradients are often smaller.
     """
     K = x.shape[-1]
+    if has_kernels(x):
+        codes, scales = launch_quantize(x.reshape(-1, K), False, power_of_two)
+        return codes.view(x.shape), scales.view(*x.shape[:-1], -(-K // 128))
     padded = F.pad(x.float(), (0, -K % 128)).unflatten(-1, (-1, 128))  # (..., K/128, 128)
     scales = _scales_of(padded.abs().amax(-1), power_of_two)
     codes = (padded / scales[..., None]).to(torch.float8_e4m3fn)
@@ -115,6 +260,8 @@ def quantize_blocks(w: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tens
     which a released checkpoint keeps as weight_scale_inv. NaN as in quantize_tiles.
     """
     N, K = w.shape[-2:]
+    if w.dim() == 2 and has_kernels(w):
+        return launch_quantize(w, True, power_of_two)
     padded = F.pad(w.float(), (0, -K % 128, 0, -N % 128))
     blocks = padded.unflatten(-1, (-1, 128)).unflatten(-3, (-1, 128))  # (…, N/128, 128, K/128, 128)
     scales = _scales_of(blocks.abs().amax((-3, -1)), power_of_two)  # (…, N/128, K/128)
@@ -153,8 +300,9 @@ def fp8_gemm(
     """a bᵀ of two FP8 matrices, summed in fp32: (M, K), (N, K) -> (M, N).
 
     Either operand by tiles, (M, ceil(K/128)) scales, or by blocks, (ceil(M/128), ceil(K/128)).
-    out_dtype: bf16 or fp32. ValueError gives the shapes that do not fit. The twin multiplies on any
-    device what the codes stand for; a kernel sums in another order, and nothing else differs.
+    out_dtype: bf16 or fp32. ValueError gives the shapes that do not fit. Where there is no kernel
+    (a CPU, a card older than sm_89) the twin multiplies what the codes stand for: it sums in
+    another order, and nothing else differs.
     """
     for name, codes, scales in ("a", a, a_scales), ("b", b, b_scales):
         if codes.dim() != 2:
@@ -164,6 +312,10 @@ def fp8_gemm(
         raise ValueError(f"K differs: a {tuple(a.shape)}, b {tuple(b.shape)}")
     if a.device != b.device:
         raise ValueError(f"a is on {a.device}, b on {b.device}")
+    if has_kernels(a):
+        b_blocks = len(b_scales) != len(b)
+        config = gemm_config(len(a), b_blocks, torch.cuda.get_device_capability(a.device))
+        return launch_gemm(a, a_scales, b, b_scales, out_dtype, config)
     with torch.autocast(a.device.type, enabled=False):
         return F.linear(dequantize(a, a_scales), dequantize(b, b_scales)).to(out_dtype)
 

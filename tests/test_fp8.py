@@ -1,7 +1,12 @@
 """04_fp8_gemm.py against the format's bits, loops over tiles, and float64 products of the codes."""
 
+import importlib.util
 import math
+import os
+import subprocess
+import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +186,132 @@ def test_product_refuses_another_K():
     a, b = operands(K=128), operands(K=256)
     with pytest.raises(ValueError, match=r"K differs: a \(200, 128\), b \(256, 256\)"):
         fp8.fp8_gemm(*a[:2], *b[2:])
+
+
+# Kernels -------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[1]
+TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
+KERNEL_START = """
+import math, random
+from importlib import import_module
+import torch
+fp8 = import_module("04_fp8_gemm")
+torch.manual_seed(0)
+random.seed(0)
+"""
+QUANTIZERS = """
+shapes = [(1, 1), (3, 127), (33, 129), (130, 256)]
+shapes += [(random.randint(1, 150), random.randint(1, 300)) for _ in range(4)]
+for M, K in shapes:
+    for power_of_two in False, True:
+        for dtype in torch.float32, torch.float16:
+            x = torch.randn(M, K) * torch.logspace(-3, 3, K)
+            x[M // 2, : K // 2] = 0
+            if M > 2 and dtype == torch.float32:
+                x[2, 0], x[1, -1] = math.nan, -math.inf
+            x = x.to(dtype)
+            for blocks, twin in (False, fp8.quantize_tiles), (True, fp8.quantize_blocks):
+                codes, scales = fp8.launch_quantize(x, blocks, power_of_two)
+                want_codes, want_scales = twin(x, power_of_two)
+                ok = ~want_scales.isnan()
+                assert torch.equal(scales[ok], want_scales[ok]), (M, K, blocks)
+                assert torch.equal(scales.isnan(), ~ok), (M, K, blocks)
+                wide = ok.repeat_interleave(128, 1)[:, :K]
+                wide = wide.repeat_interleave(128, 0)[:M] if blocks else wide
+                same = codes.view(torch.uint8) == want_codes.view(torch.uint8)
+                assert same[wide].all(), (M, K, blocks, power_of_two)
+"""
+PRODUCTS = """
+small = {"BM": 16, "BN": 32, "GROUP": 2}, {}
+even = {"BM": 32, "BN": 64, "GROUP": 8}, {}
+wide = {"BM": 16, "BN": 256, "GROUP": 1}, {}
+shapes = [(1, 1, 1), (33, 70, 300), (64, 128, 128), (5, 257, 129), (20, 300, 200)]
+shapes += [tuple(random.randint(1, n) for n in (60, 200, 300)) for _ in range(3)]
+for M, N, K in shapes:
+    for a_by in fp8.quantize_tiles, fp8.quantize_blocks:
+        for b_by in fp8.quantize_blocks, fp8.quantize_tiles:
+            a, b = a_by(torch.randn(M, K)), b_by(torch.randn(N, K))
+            if 1 in (M, N) and a_by != fp8.quantize_tiles:
+                continue
+            want = fp8.dequantize(*a).double() @ fp8.dequantize(*b).double().T
+            for config in small, even, wide:
+                got = fp8.launch_gemm(*a, *b, torch.float32, config)
+                assert (got - want).abs().max() <= 1e-6 * K, (M, N, K, config)
+"""
+
+
+@TRITON
+@pytest.mark.parametrize("body", [QUANTIZERS, PRODUCTS], ids=["quantizers", "products"])
+def test_kernels_in_the_interpreter(body):
+    """Codes and scales bit for bit; the product against that of the codes in float64."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KERNEL_START + body]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+TENSOR_CORE = {89: r"mma.sync", 90: r"wgmma.mma_async", 100: r"tcgen05.mma", 120: r"mma.sync"}
+TYPES = {"a": "*fp8e4nv", "a_scales": "*fp32", "b": "*fp8e4nv", "b_scales": "*fp32"}
+
+
+@TRITON
+@pytest.mark.parametrize("out", ["bf16", "fp32"])
+@pytest.mark.parametrize("b_blocks", [True, False], ids=["blocks", "tiles"])
+@pytest.mark.parametrize("M", [16, 4096])
+@pytest.mark.parametrize("capability", [89, 90, 100, 120])
+def test_gemm_compiles_without_a_spill(capability, M, b_blocks, out):
+    """Every config that is shipped, for every kind of operand: FP8 tensor cores, shared memory."""
+    from ahead import SHARED_LIMIT, compile_for
+
+    tile, launch = fp8.gemm_config(M, b_blocks, divmod(capability, 10))
+    types = TYPES | {"out": f"*{out}"} | dict.fromkeys("MNK", "i32")
+    constants = {"A_BLOCKS": False, "B_BLOCKS": b_blocks, **tile}
+    aligned = [*TYPES, "out", "N", "K"]
+    got = compile_for(capability, fp8.fp8_gemm_kernel, types, constants, aligned, **launch)
+    assert got.spilled == 0
+    assert got.shared <= 1024 * SHARED_LIMIT[capability]
+    lines = [line for line in got.ptx.splitlines() if TENSOR_CORE[capability] in line]
+    assert lines and all("e4m3" in line or "f8f6f4" in line for line in lines)
+    if capability == 90:
+        assert "QGMMA" in got.sass
+
+
+@TRITON
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("blocks", [False, True], ids=["tiles", "blocks"])
+@pytest.mark.parametrize("capability", [89, 90, 100, 120])
+def test_quantizers_compile_without_a_spill(capability, blocks, power_of_two):
+    from ahead import compile_for
+
+    kernel = fp8.quantize_blocks_kernel if blocks else fp8.quantize_tiles_kernel
+    first, second = ("w", "N") if blocks else ("x", "M")
+    types = {first: "*bf16", "codes": "*fp8e4nv", "scales": "*fp32", second: "i32", "K": "i32"}
+    constants = {"POWER_OF_TWO": power_of_two, "BY_HAND": False}
+    constants |= {} if blocks else {"ROWS": 32}
+    aligned = (first, "codes", "scales", "K")
+    got = compile_for(capability, kernel, types, constants, aligned, num_warps=8 if blocks else 4)
+    assert got.spilled == 0
+    assert "e4m3x2" in got.ptx  # the cast is the hardware's
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("M, N, K", [(1, 130, 200), (64, 576, 7168), (300, 257, 384)])
+def test_kernels_on_a_gpu(M, N, K):
+    x, w = torch.randn(M, K).bfloat16(), torch.randn(N, K)
+    for power_of_two in False, True:
+        a, b = quantize_tiles(x.cuda(), power_of_two), quantize_blocks(w.cuda(), power_of_two)
+        pairs = [(a, quantize_tiles(x, power_of_two)), (b, quantize_blocks(w, power_of_two))]
+        for (codes, scales), (want_codes, want_scales) in pairs:
+            assert torch.equal(codes.cpu().view(torch.uint8), want_codes.view(torch.uint8))
+            assert torch.equal(scales.cpu(), want_scales)
+        want = exact(*a) @ exact(*b).T
+        assert fp8.relative(fp8.fp8_gemm(*a, *b, torch.float32), want) <= 1e-6
+    layer = FP8Linear(K, N, bias=False).cuda()
+    y = layer(x.cuda().requires_grad_())
+    y.backward(torch.randn_like(y))
+    assert layer.weight.grad.isfinite().all()
 
 
 # Layers --------------------------------------------------------------------------------------
