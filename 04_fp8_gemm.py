@@ -567,10 +567,10 @@ def experiment(out: Path) -> None:
     by_outlier, by_sum = outliers(), accumulation()
     for name, curve in by_outlier.items():
         (_, small), (_, large) = curve[6], curve[9]
-        text = f"error of the rest beside 31,623-fold channels; beside 1,000-fold {small:.3f}"
+        text = f"error beside 31,623-fold channels; 1,000-fold: {small:.3f}"
         measure(f"outliers_{name.replace(' ', '_')}", large, text)
     worst = {name: dict(curve)[4096] for name, curve in by_sum.items()}
-    text = "largest error at K = 4096, emulated   [1] §3.3.2: nearly 2 %"
+    text = "largest error, K = 4096, emulated   [1]: nearly 2 %"
     measure("sum_of_14_bits", worst["14 bits throughout"], text)
     measure("sum_promoted_every_128", worst["to fp32 every 128"], "the same, to fp32 every 128")
     a, b = torch.randn(256, 4096), torch.randn(512, 4096)
