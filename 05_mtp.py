@@ -778,7 +778,7 @@ def bench(device: torch.device) -> None:
         relative = [cost[name] / cost["plain"] for name in ("verify", "draft1", "draft2")]
         text = "x a plain pass; draft of one pair {:.2f}, of two {:.2f}".format(*relative[1:])
         measure(f"cost_of_verifying_two_width_{width}", relative[0], text)
-        text = "acceptance from which drafting pays (4 layers, batch 1, 256 tokens before)"
+        text = "acceptance from which drafting pays (inf: none); 4 layers, batch 1"
         pays = [a / 100 for a in range(101) if expected_speedup(a / 100, cost) > 1]
         measure(f"break_even_width_{width}", pays[0] if pays else math.inf, text)
 
