@@ -626,12 +626,13 @@ def expected_speedup(acceptance: float, cost: dict[str, float]) -> float:
 
 def race(
     model, module: MTPModule, prompts: list[list[int]], new: int, rounds: int
-) -> tuple[float, float]:
-    """Greedy, one prompt at a time: tokens per second, speculative over plain, and acceptance.
+) -> tuple[float, float, dict[str, float]]:
+    """Greedy, one prompt at a time: tokens per second, speculative over plain; acceptance; costs.
 
-    Behind the prompt: what a text of one token takes is taken off both.
+    Behind the prompt: what a text of one token takes is taken off both. Costs are taken between
+    the texts, so that all three see the machine in the same state.
     """
-    ratios, verdicts = [], []
+    ratios, verdicts, prices = [], [], []
 
     def plain(prompt: list[int], length: int) -> None:
         model.generate([prompt], length)
@@ -642,7 +643,9 @@ def race(
     for prompt in prompts[: rounds + 1]:  # the first one warms up
         both = [seconds(f, prompt, new) - seconds(f, prompt, 1) for f in (plain, speculate)]
         ratios.append(both[0] / both[1])
-    return statistics.median(ratios[1:]), statistics.fmean(verdicts)
+        prices.append(costs(model, module, prompts[0], rounds=5))
+    price = {name: statistics.median(p[name] for p in prices[1:]) for name in prices[0]}
+    return statistics.median(ratios[1:]), statistics.fmean(verdicts), price
 
 
 def corrupted(module: MTPModule, noise: float) -> MTPModule:
@@ -678,19 +681,17 @@ def report(model, prompts: list[list[int]], held_out: Tensor, decode: Callable, 
         "texts with and without MTP: gap of logits", torch.tensor(max(gaps)), torch.tensor(0.0), tol
     )
 
-    cost = costs(model, module, prompts[0])
-    relative = {name: value / cost["plain"] for name, value in cost.items()}
+    ratio, rate, cost = race(model, module, prompts, new, rounds=15)
     text = f"x {1e3 * cost['plain']:.2f} ms, a pass over one"
-    measure("cost_of_verifying_two", relative["verify"], text)
-    measure("cost_of_a_draft", relative["draft1"], f"x   from two pairs {relative['draft2']:.2f}")
-    points = []
-    for noise in 0.0, 2.0, 4.0:
-        rounds = 7 if noise else 15
-        ratio, rate = race(model, corrupted(module, noise), prompts, new, rounds)
+    measure("cost_of_verifying_two", cost["verify"] / cost["plain"], text)
+    draft, two = (cost[name] / cost["plain"] for name in ("draft1", "draft2"))
+    measure("cost_of_a_draft", draft, f"x   from two pairs {two:.2f}")
+    text = f"x, expected (1 + {rate:.2f}) / cost = {expected_speedup(rate, cost):.2f}   [1]: 1.8"
+    measure("speedup", ratio, text)
+    points = [(rate, ratio)]
+    for noise in 2.0, 4.0:
+        ratio, rate, _ = race(model, corrupted(module, noise), prompts, new, rounds=7)
         points.append((rate, ratio))
-        if noise == 0:
-            text = f"x, expected (1 + {rate:.2f}) / cost = {expected_speedup(rate, cost):.2f}"
-            measure("speedup", ratio, f"{text}   [1]: 1.8")
     return {"found": found, "points": points, "cost": cost}
 
 

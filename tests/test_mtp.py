@@ -684,8 +684,10 @@ def test_race_says_how_many_times_as_fast(monkeypatch):
         return {"plain": 3.0, "speculate": 2.0}[task.__name__] * (2 if length > 1 else 1)
 
     monkeypatch.setattr(mtp, "seconds", seconds)
-    ratio, acceptance = mtp.race(model, model.mtp[0], prompts_of(13, (3, 4, 5)), 9, rounds=2)
-    assert ratio == 1.5 and 0 <= acceptance <= 1
+    monkeypatch.setattr(mtp, "costs", lambda *a, **b: {"plain": 0.5})
+    arguments = model, model.mtp[0], prompts_of(13, (3, 4, 5)), 9
+    ratio, acceptance, cost = mtp.race(*arguments, rounds=2)
+    assert ratio == 1.5 and 0 <= acceptance <= 1 and cost == {"plain": 0.5}
 
 
 def test_gap_of_logits_where_two_texts_part():
