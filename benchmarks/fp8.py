@@ -2,10 +2,11 @@ r"""What FP8 costs in loss: default runs of 06_train.py in bf16 and in FP8, thre
 
 The same seed means the same weights and the same batches. bf16 runs twice, with chapter 01's tiles
 and with SDPA for attention: two ways to round, whose difference is the noise that any gap must be
-seen against. fp8_blocks gives dgrad 128×128 scales for dy, what made a 16B model diverge ([1] B.2).
+seen against. fp8_blocks (--blocks) gives dgrad 128×128 scales for dy in the linear layers, not in
+the experts: what made a 16B model diverge ([1] B.2).
 Each run has one thread; as many run at a time as there are cores.
 
-Run:  python benchmarks/fp8.py          50 minutes on two CPU cores
+Run:  python benchmarks/fp8.py --seeds 1          21 minutes on two CPU cores, three seeds longer
       [1] DeepSeek-V3, arXiv:2412.19437: a relative loss error under 0.25 %
 """
 

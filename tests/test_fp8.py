@@ -395,6 +395,30 @@ def test_grouped_is_each_expert_alone(sizes, power_of_two):
         assert (weight.grad[e] - layer.weight.grad).abs().max() <= 1e-4
 
 
+def test_grouped_backward_ignores_autocast():
+    """Called within it, as in a user's own loop: products of bf16 would be off by 2^-9."""
+    gradients = []
+    weight, x = torch.randn(2, 64, 200), torch.randn(150, 200)
+    sizes, dy = torch.tensor([100, 50]), torch.randn(150, 64)
+    for inside in False, True:
+        operands = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = fp8.fp8_grouped_gemm(*operands, sizes)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            y.backward(dy)
+        gradients.append([t.grad for t in operands])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("quantize", [quantize_tiles, quantize_blocks])
+def test_quantizers_refuse(quantize):
+    with pytest.raises(ValueError, match=r"torch.int64 of \(2, 3\)"):
+        quantize(torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"torch.float32 of \(7,\)"):
+        quantize(torch.zeros(7))
+    with pytest.raises(ValueError, match=r"want codes \(..., N, K\), got \(7,\)"):
+        dequantize(torch.zeros(7).to(torch.float8_e4m3fn), torch.ones(1))
+
+
 def test_grouped_refuses():
     with pytest.raises(ValueError, match="sizes summing to 5"):
         fp8.fp8_grouped_gemm(torch.randn(6, 8), torch.randn(2, 4, 8), torch.tensor([2, 3]))

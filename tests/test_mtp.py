@@ -18,23 +18,10 @@ chapter = import_module("06_train")
 MTPModule, TinyBlock, TinyModel = mtp.MTPModule, mtp.TinyBlock, mtp.TinyModel
 EXACT = 1e-12
 
-TINY = chapter.DeepSeekConfig(
+# with YaRN, groups and q-LoRA
+TINY = replace(
+    import_module("test_train").TINY,
     vocab_size=41,
-    hidden_size=32,
-    intermediate_size=48,
-    moe_intermediate_size=12,
-    num_hidden_layers=3,
-    first_k_dense_replace=1,
-    num_attention_heads=2,
-    q_lora_rank=20,
-    kv_lora_rank=16,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=8,
-    v_head_dim=6,
-    n_routed_experts=8,
-    num_experts_per_tok=3,
-    n_group=4,
-    topk_group=2,
     num_nextn_predict_layers=1,
     max_position_embeddings=128,
     initializer_range=0.2,
