@@ -439,6 +439,14 @@ def test_hopper_sum():
     assert fp8.hopper_sum(a, b, promote=128).item() == 2**13 + 16
 
 
+def test_a_large_product_cuts_what_was_summed_before_it():
+    """32 ones, then 2^20: what lies below 2^20 / 2^13 = 128 is lost."""
+    a = torch.tensor([[1.0] * 32 + [2.0**20] + [0.0] * 31])
+    assert fp8.hopper_sum(a, torch.ones(1, 64)).item() == 2**20
+    a[0, :32] = 5
+    assert fp8.hopper_sum(a, torch.ones(1, 64)).item() == 2**20 + 128
+
+
 def test_a_wide_sum_is_exact():
     a, b = torch.randn(5, 256), torch.randn(7, 256)
     want = a.double() @ b.double().T
