@@ -76,10 +76,11 @@ def main() -> None:
         chapter.prepare(chapter.read_documents(None), chapter.PRESETS["nano"][0].vocab_size, data)
         run = partial(train, steps=args.steps, device=args.device, data=data)
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            nats = dict(zip(jobs, pool.map(run, jobs), strict=True))
-    for (variant, seed), value in nats.items():
-        bits = value / math.log(2)
-        measure(f"{variant}_seed_{seed}", value, f"nats a token held out, {bits:.4f} bit")
+            nats = {}
+            for (variant, seed), value in zip(jobs, pool.map(run, jobs), strict=True):
+                nats[variant, seed] = value
+                text = f"nats a token held out, {value / math.log(2):.4f} bit"
+                measure(f"{variant}_seed_{seed}", value, text)
     for variant in variants:
         if variant == "bf16":
             continue
