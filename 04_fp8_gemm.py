@@ -37,7 +37,10 @@ import argparse
 import math
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +49,7 @@ from torch.nn import functional as F
 try:
     import triton
     from triton import language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # macOS, Windows: the PyTorch twins do it all
     triton = tl = None
 
@@ -121,7 +125,7 @@ if triton is not None:
         x, codes, scales, M, K, POWER_OF_TWO: tl.constexpr, BY_HAND: tl.constexpr,
         ROWS: tl.constexpr,
     ):  # fmt: skip
-        """ROWS tiles of 1×128 below one another; x: (M, K)."""
+        """ROWS tiles of 1×128 below one another; x: (M, K), scales: (K/128, M) in memory."""
         row, tile = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
         column = tile * 128 + tl.arange(0, 128)
         inside = (row[:, None] < M) & (column[None, :] < K)
@@ -130,60 +134,166 @@ if triton is not None:
         finite = tl.min((tl.abs(value) < float("inf")).to(tl.int32), 1) == 1  # False for NaN too
         scale = _scale_of(tl.max(tl.abs(value), 1), finite, POWER_OF_TWO)  # (ROWS,)
         tl.store(codes + place, _to_e4m3(value, scale[:, None], BY_HAND), mask=inside)
-        tl.store(scales + row.to(tl.int64) * tl.cdiv(K, 128) + tile, scale, mask=row < M)
+        tl.store(scales + tile.to(tl.int64) * M + row, scale, mask=row < M)
 
     @triton.jit
     def quantize_blocks_kernel(
         w, codes, scales, N, K, POWER_OF_TWO: tl.constexpr, BY_HAND: tl.constexpr
     ):
-        """One block of 128×128; w: (N, K)."""
+        """One block of 128×128; w: (E, N, K)."""
+        expert = tl.program_id(2)
         row = tl.program_id(0) * 128 + tl.arange(0, 128)
         column = tl.program_id(1) * 128 + tl.arange(0, 128)
         inside = (row[:, None] < N) & (column[None, :] < K)
-        place = row[:, None].to(tl.int64) * K + column[None, :]
+        place = (expert.to(tl.int64) * N + row[:, None]) * K + column[None, :]
         value = tl.load(w + place, mask=inside, other=0.0).to(tl.float32)  # (128, 128)
         finite = tl.min(tl.min((tl.abs(value) < float("inf")).to(tl.int32), 1), 0) == 1
         scale = _scale_of(tl.max(tl.max(tl.abs(value), 1), 0), finite, POWER_OF_TWO)  # ()
         tl.store(codes + place, _to_e4m3(value, scale, BY_HAND), mask=inside)
-        tl.store(scales + tl.program_id(0) * tl.cdiv(K, 128) + tl.program_id(1), scale)
+        block = expert * tl.num_programs(0) + tl.program_id(0)
+        tl.store(scales + block * tl.num_programs(1) + tl.program_id(1), scale)
+
+    @triton.jit
+    def _tiles_up_to(ends, E, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+        """Tiles of ROWS rows of the first expert, of the first two, …: (EXPERTS,)."""
+        e = tl.arange(0, EXPERTS)
+        end = tl.load(ends + e, mask=e < E, other=0)
+        start = tl.load(ends + e - 1, mask=(e > 0) & (e < E), other=0)
+        return tl.cumsum(tl.cdiv(end - start, ROWS), 0)
+
+    @triton.jit
+    def quantize_along_kernel(
+        x, x_scales, codes, scales, ends, M, C, E, T, scale_m, scale_c, FROM_CODES: tl.constexpr,
+        EXPERTS: tl.constexpr, POWER_OF_TWO: tl.constexpr, BY_HAND: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        """128 rows of x (M, C) become a tile of 128 columns of codes (C, 128 T), scales (T, C)."""
+        tile, c = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        first, end = tile * 128, M
+        if EXPERTS:
+            up_to = _tiles_up_to(ends, E, 128, EXPERTS)
+            expert = tl.minimum(tl.sum((up_to <= tile).to(tl.int32), 0), E)  # E: beyond the last
+            before = tl.max(tl.where(up_to <= tile, up_to, 0), 0)
+            start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+            end = tl.load(ends + expert, mask=expert < E, other=0)
+            first = start + (tile - before) * 128
+        m = first + tl.arange(0, 128)
+        inside = (m[:, None] < end) & (c[None, :] < C)
+        place = m[:, None].to(tl.int64) * C + c[None, :]
+        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)  # (128, COLUMNS)
+        if FROM_CODES:
+            column = tl.program_id(1) * COLUMNS // 128 * scale_c
+            at = x_scales + m.to(tl.int64) * scale_m + column
+            value *= tl.load(at, mask=m < end, other=0.0)[:, None]
+        finite = tl.min((tl.abs(value) < float("inf")).to(tl.int32), 0) == 1
+        scale = _scale_of(tl.max(tl.abs(value), 0), finite, POWER_OF_TWO)  # (COLUMNS,)
+        code = _to_e4m3(value, scale[None, :], BY_HAND)
+        place = c[None, :].to(tl.int64) * T * 128 + (tile * 128 + tl.arange(0, 128))[:, None]
+        tl.store(codes + place, code, mask=c[None, :] < C)
+        tl.store(scales + tile.to(tl.int64) * C + c, scale, mask=c < C)
 
     @triton.jit
     def fp8_gemm_kernel(
-        a, a_scales, b, b_scales, out, M, N, K, A_BLOCKS: tl.constexpr, B_BLOCKS: tl.constexpr,
-        BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
+        a, a_scales, b, b_scales, out, ends, M, N, K, E, a_m, a_k, b_n, b_k, out_m, out_n,
+        A_BLOCKS: tl.constexpr, B_BLOCKS: tl.constexpr, EXPERTS: tl.constexpr,
+        ALONG_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
+        TMA: tl.constexpr, FLATTEN: tl.constexpr, ROLES: tl.constexpr,
     ):  # fmt: skip
-        """One tile (BM, BN) of out = a bᵀ. GROUP rows of tiles follow one another: their a, and
-        the b that they share, stay in L2."""
-        pid, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
-        first = pid // (GROUP * tiles_n) * GROUP
-        height = tl.minimum(tiles_m - first, GROUP)
-        m0 = (first + pid % (GROUP * tiles_n) % height) * BM
-        n0 = pid % (GROUP * tiles_n) // height * BN
-        m, n, k = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN), tl.arange(0, 128)
-        a_at = a + m[:, None].to(tl.int64) * K + k[None, :]
-        b_at = b + n[None, :].to(tl.int64) * K + k[:, None]
-        steps = tl.cdiv(K, 128)
-        a_scale_at = a_scales + (m // 128 if A_BLOCKS else m).to(tl.int64) * steps
-        ONE: tl.constexpr = B_BLOCKS and 128 % BN == 0  # one scale for all columns of the tile
-        b_scale_at = b_scales + (n // 128 if B_BLOCKS else n).to(tl.int64) * steps
-        b_one_at = b_scales + n0 // 128 * steps
-        total = tl.zeros((BM, BN), tl.float32)
-        for step in range(steps):
-            inside = k < K - step * 128
-            x = tl.load(a_at, mask=(m[:, None] < M) & inside[None, :], other=0.0)
-            w = tl.load(b_at, mask=(n[None, :] < N) & inside[:, None], other=0.0)
-            a_scale = tl.load(a_scale_at + step, mask=m < M, other=0.0)
-            part = tl.dot(x, w)  # a fresh one: carried on, a Hopper would sum in 14 bits
-            if ONE:
-                total += part * (a_scale * tl.load(b_one_at + step))[:, None]
-            else:
-                b_scale = tl.load(b_scale_at + step, mask=n < N, other=0.0)
-                total += part * a_scale[:, None] * b_scale[None, :]
-            a_at += 128
-            b_at += 128
-        place = m[:, None].to(tl.int64) * N + n[None, :]
-        inside = (m[:, None] < M) & (n[None, :] < N)
-        tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+        """Tiles (BM, BN) of out = a bᵀ, one after another: a program takes every num_programs-th.
+
+        EXPERTS: rows of a (M, K) up to each of ends (E,) by a matrix of their own of b (E, N, K);
+        ALONG_K: or by columns, an out (E, M, N) of each. a_m, …: strides of scales and of out.
+        TMA: a and b are descriptors and not pointers. GROUP rows of tiles follow one another: their
+        a, and the b that they share, stay in L2.
+        """
+        tiles_m, tiles_n, begin, end = tl.cdiv(M, BM), tl.cdiv(N, BN), 0, tl.cdiv(K, 128)
+        tiles = tiles_m * tiles_n
+        if EXPERTS:
+            up_to = _tiles_up_to(ends, E, 128 if ALONG_K else BM, EXPERTS)
+            tiles = tiles * E if ALONG_K else tl.max(up_to, 0) * tiles_n
+        for tile in tl.range(
+            tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=ROLES
+        ):
+            expert, first_row, last_row, place = 0, 0, M, tile
+            if ALONG_K:  # every expert has as many tiles, and sums over columns of its own
+                expert, place = tile // (tiles_m * tiles_n), tile % (tiles_m * tiles_n)
+                e = tl.arange(0, EXPERTS)
+                begin = tl.sum(tl.where(e == expert - 1, up_to, 0), 0)
+                end = tl.sum(tl.where(e == expert, up_to, 0), 0)
+            elif EXPERTS:  # every expert has rows of its own, and tiles as many as they need
+                expert = tl.sum((up_to * tiles_n <= tile).to(tl.int32), 0)
+                place -= tl.max(tl.where(up_to * tiles_n <= tile, up_to, 0), 0) * tiles_n
+                first_row = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+                last_row = tl.load(ends + expert)
+                tiles_m = tl.cdiv(last_row - first_row, BM)
+            top = place // (GROUP * tiles_n) * GROUP
+            height = tl.minimum(tiles_m - top, GROUP)
+            m0 = first_row + (top + place % (GROUP * tiles_n) % height) * BM
+            n0 = place % (GROUP * tiles_n) // height * BN
+            m, n, k = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN), tl.arange(0, 128)
+            b_expert = 0 if ALONG_K else expert
+            b_scale_row = b_expert * (tl.cdiv(N, 128) if B_BLOCKS else N)
+            a_scale_at = a_scales + (m // 128 if A_BLOCKS else m).to(tl.int64) * a_m
+            b_scale_at = b_scales + (b_scale_row + (n // 128 if B_BLOCKS else n)) * b_n
+            b_one_at = b_scales + (b_scale_row + n0 // 128) * b_n
+            ONE: tl.constexpr = B_BLOCKS and 128 % BN == 0  # a scale for all columns of the tile
+            if not TMA:
+                a_at = a + m[:, None].to(tl.int64) * K + k[None, :]
+                b_at = b + (b_expert * N + n)[None, :].to(tl.int64) * K + k[:, None]
+            total = tl.zeros((BM, BN), tl.float32)
+            for step in range(begin, end):
+                if TMA:  # what is outside of the matrix comes as 0
+                    x = a.load([m0, step * 128])
+                    w = b.load([b_expert * N + n0, step * 128]).T
+                else:
+                    inside = k < K - step * 128
+                    ours = (m[:, None] < last_row) & inside[None, :]
+                    x = tl.load(a_at + step * 128, mask=ours, other=0.0)
+                    ours = (n[None, :] < N) & inside[:, None]
+                    w = tl.load(b_at + step * 128, mask=ours, other=0.0)
+                a_scale = tl.load(a_scale_at + step * a_k, mask=m < last_row, other=0.0)
+                part = tl.dot(x, w)  # a fresh one: carried on, a Hopper would sum in 14 bits
+                if ONE:
+                    total += part * (a_scale * tl.load(b_one_at + step * b_k))[:, None]
+                else:
+                    b_scale = tl.load(b_scale_at + step * b_k, mask=n < N, other=0.0)
+                    total += part * a_scale[:, None] * b_scale[None, :]
+            at = out + m[:, None].to(tl.int64) * out_m + n[None, :].to(tl.int64) * out_n
+            if ALONG_K:
+                at += expert.to(tl.int64) * M * N
+            inside = (m[:, None] < last_row) & (n[None, :] < N)
+            tl.store(at, total.to(out.dtype.element_ty), mask=inside)
+
+
+class Config(NamedTuple):
+    """How `fp8_gemm_kernel` runs: its tile, its warps, and what moves the operands."""
+
+    BM: int
+    BN: int
+    warps: int
+    stages: int
+    tma: bool = False  # descriptors, and as many programs as fit on the GPU at a time
+    flatten: bool = False  # the loads of a tile begin before the one before it is stored
+    roles: bool = False  # some warps load, others multiply
+    swap: bool = False  # outᵀ = b aᵀ: few rows are wgmma's free side, which may be as few as 8
+
+
+def gemm_configs(M: int, b_blocks: bool, grouped: bool, capability: tuple[int, int]) -> list:
+    """What may run, the first unless a timing says otherwise; the tests compile all of it for
+    sm_89 to sm_120 and find nothing spilt. Larger tiles spill: two fp32 sums in registers."""
+    if capability[0] not in (9, 10):  # 99 KB of shared memory, products by warps
+        return [Config(64, 64, 4, 3)]
+    small = Config(64, 128, 4, 4, tma=True)  # two or three at a time: one scales, one multiplies
+    pointers = Config(64, 128 if b_blocks else 64, 4, 3)  # for a K that is no multiple of 16 bytes
+    if M <= 64 and not grouped:
+        rows = max(16, 1 << (M - 1).bit_length())
+        return [Config(64, rows, 4, 6, True, swap=True), Config(64, rows, 4, 6, swap=True)]
+    if grouped or not b_blocks:
+        large = [Config(128, 128, 8, 4, tma=True)] if b_blocks else []
+        return [*large, small, pointers]
+    large = Config(128, 128, 8, 4, tma=True, flatten=True)
+    wide, roles = Config(64, 256, 8, 4, tma=True, flatten=True), small._replace(roles=True)
+    return [large, small._replace(flatten=True), wide, roles, Config(128, 128, 8, 3), pointers]
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -191,40 +301,108 @@ def has_kernels(x: Tensor) -> bool:
     return x.is_cuda and triton is not None and torch.cuda.get_device_capability(x.device) >= (8, 9)
 
 
-def gemm_config(M: int, b_blocks: bool, capability: tuple[int, int]) -> tuple[dict, dict]:
-    """The tile, and how to launch it: none of these spills (the tests compile and look)."""
-    if capability[0] not in (9, 10):  # 99 KB of shared memory, products by warps
-        return {"BM": 64, "BN": 64, "GROUP": 8}, {"num_warps": 4, "num_stages": 3}
-    if M > 64 and b_blocks:
-        return {"BM": 128, "BN": 128, "GROUP": 8}, {"num_warps": 8, "num_stages": 3}
-    # wgmma takes 64 rows at least; a scale for each column needs registers of its own
-    return {"BM": 64, "BN": 128, "GROUP": 8}, {"num_warps": 4, "num_stages": 3}
-
-
 def launch_quantize(x: Tensor, blocks: bool, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    """`quantize_tiles` or `quantize_blocks` of a matrix by their kernels."""
-    (M, K), T = x.shape, -(-x.shape[1] // 128)
-    codes = torch.empty(M, K, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(-(-M // 128) if blocks else M, T, dtype=torch.float32, device=x.device)
-    by_hand = not x.is_cuda  # Triton's interpreter, whose cast loses a carry
-    arguments = x.contiguous(), codes, scales, M, K, power_of_two, by_hand
+    """`quantize_tiles` or `quantize_blocks` of x (..., M, K) by their kernels."""
+    (*batch, M, K), T = x.shape, -(-x.shape[-1] // 128)
+    x, rows = x.contiguous(), math.prod(batch) * M
+    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    # of tiles all first ones, then all second ones, …: as a product reads them
+    shape = (*batch, -(-M // 128), T) if blocks else (T, rows)
+    scales = torch.empty(shape, dtype=torch.float32, device=x.device)
+    settings = power_of_two, not x.is_cuda  # Triton's interpreter has a cast that loses a carry
     if blocks and codes.numel():
-        quantize_blocks_kernel[(len(scales), T)](*arguments, num_warps=8)
+        grid = shape[-2], T, math.prod(batch)
+        quantize_blocks_kernel[grid](x, codes, scales, M, K, *settings, num_warps=8)
     elif codes.numel():
-        quantize_tiles_kernel[(-(-M // 32), T)](*arguments, ROWS=32)
-    return codes, scales
+        quantize_tiles_kernel[-(-rows // 32), T](x, codes, scales, rows, K, *settings, ROWS=32)
+    return codes, scales if blocks else scales.T.view(*batch, M, T)
 
 
-def launch_gemm(a, a_scales, b, b_scales, out_dtype, config: tuple[dict, dict]) -> Tensor:
-    """`fp8_gemm` by its kernel."""
-    (M, K), N, (tile, launch) = a.shape, len(b), config
-    out = torch.empty(M, N, dtype=out_dtype, device=a.device)
-    by_blocks = [len(s) != len(x) for x, s in ((a, a_scales), (b, b_scales))]
-    grid = (-(-M // tile["BM"]) * -(-N // tile["BN"]),)
-    if out.numel():
-        operands = a.contiguous(), a_scales, b.contiguous(), b_scales, out
-        fp8_gemm_kernel[grid](*operands, M, N, K, *by_blocks, **tile, **launch)
+def launch_along(x: Tensor, x_scales: Tensor | None, ends: Tensor | None, power_of_two: bool):
+    """`quantize_along` by its kernel."""
+    (M, C), E = x.shape, 0 if ends is None else len(ends)
+    T = -(-M // 128) if ends is None else M // 128 + E
+    codes = torch.empty(C, 128 * T, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(T, C, dtype=torch.float32, device=x.device)
+    strides = (0, 0) if x_scales is None else x_scales.stride()
+    if codes.numel():
+        quantize_along_kernel[T, -(-C // 64)](
+            x.contiguous(), x_scales, codes, scales, ends, M, C, E, T, *strides,
+            FROM_CODES=x_scales is not None, EXPERTS=E and triton.next_power_of_2(E),
+            POWER_OF_TWO=power_of_two, BY_HAND=not x.is_cuda, COLUMNS=64, num_warps=4,
+        )  # fmt: skip
+    return codes, scales.T
+
+
+def launch_gemm(
+    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out_dtype, config: Config,
+    ends: Tensor | None = None, along_k: bool = False,
+) -> Tensor:  # fmt: skip
+    """`fp8_gemm`, or with ends `_gemm_by_rows` or (along_k) `_gemm_along_rows`, by its kernel."""
+    (M, K), N, E = a.shape, b.shape[-2], 0 if ends is None else len(ends)
+    out = torch.empty(*((E,) if along_k else ()), M, N, dtype=out_dtype, device=a.device)
+    if not out.numel():
+        return out
+    a, b, b_scales = a.contiguous(), b.contiguous().flatten(0, -2), b_scales.flatten(0, -2)
+    sides, strides = [(a, a_scales), (b, b_scales)], out.stride()[-2:]
+    if config.swap:
+        sides, strides, M, N = sides[::-1], strides[::-1], N, M
+    by_blocks = [scales.shape[-2] != len(codes) for codes, scales in sides]
+    tiles = -(-M // config.BM) * -(-N // config.BN)
+    if E:
+        tiles = tiles * E if along_k else (M // config.BM + E) * -(-N // config.BN)  # at most
+    if config.tma:
+        boxes = zip(sides, ([config.BM, 128], [config.BN, 128]), strict=True)
+        sides = [(TensorDescriptor.from_tensor(t, box), scales) for (t, scales), box in boxes]
+        tiles = min(tiles, programs_at_a_time(a.device, config))
+    (left, left_scales), (right, right_scales) = sides
+    fp8_gemm_kernel[(tiles,)](
+        left, left_scales, right, right_scales, out, ends, M, N, K, E,
+        *left_scales.stride(), *right_scales.stride(), *strides, *by_blocks,
+        EXPERTS=E and triton.next_power_of_2(E), ALONG_K=along_k, BM=config.BM, BN=config.BN,
+        GROUP=8, TMA=config.tma, FLATTEN=config.flatten, ROLES=config.roles,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
     return out
+
+
+def programs_at_a_time(device: torch.device, config: Config) -> int:
+    """Programs that the GPU holds at once: 8 warps of 255 registers fill an SM."""
+    each = 1 if config.roles else 8 // config.warps
+    return each * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+TUNED: dict[tuple, Config] = {}  # the fastest for a shape, on this GPU
+
+
+def tuned_gemm(a, a_scales, b, b_scales, out_dtype, ends=None, along_k=False) -> Tensor:
+    """`launch_gemm` by the fastest of `gemm_configs`, which the first product of its kind times;
+    while a CUDA graph is recorded, by the first of them."""
+    operands = a, a_scales, b, b_scales, out_dtype
+    b_blocks = b_scales.shape[-2] != b.shape[-2]
+    capability = torch.cuda.get_device_capability(a.device)
+    may = gemm_configs(len(a), b_blocks, ends is not None, capability)
+    aligned = a.shape[1] % 16 == 0 < a.shape[1] and a.data_ptr() % 16 == b.data_ptr() % 16 == 0
+    may = [config for config in may if aligned or not config.tma]
+    sizes = [(n - 1).bit_length() for n in a.shape]  # a power of two for all that round up to it
+    key = a.device, *sizes, b.shape[:-1], b_blocks, out_dtype, aligned, along_k
+    if key not in TUNED and len(may) > 1 and not torch.cuda.is_current_stream_capturing():
+        run = [partial(launch_gemm, *operands, config, ends, along_k) for config in may]
+        want = run[0]()
+        ms = [milliseconds(one, want) for one in run]
+        TUNED[key] = may[ms.index(min(ms))]
+    return launch_gemm(*operands, TUNED.get(key, may[0]), ends, along_k)
+
+
+def milliseconds(run: Callable[[], Tensor], want: Tensor) -> float:
+    """inf if it does not compile or gives another product: what was never seen on this GPU has to
+    earn its place."""
+    try:
+        error = (run().float() - want.float()).norm()
+    except (RuntimeError, triton.CompilationError, triton.OutOfResources):
+        return math.inf
+    right = error <= 1e-3 * want.float().norm()
+    return triton.testing.do_bench(run, warmup=5, rep=20) if right else math.inf
 
 
 def _scales_of(amax: Tensor, power_of_two: bool) -> Tensor:
@@ -239,16 +417,16 @@ def _scales_of(amax: Tensor, power_of_two: bool) -> Tensor:
 def quantize_tiles(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Activations by tiles of 1×128 along the last axis, which a product will contract (V3 §3.3.2).
 
-    x: (..., M, K), any float -> codes (..., M, K) float8_e4m3fn, scales (..., M, ceil(K/128)) fp32;
-    x ≈ codes · scale. power_of_two: scales as UE8M0 holds them. A NaN or an infinity makes its
-    whole tile NaN. DeepSeek's code treats amax below 1e-4 as 1e-4; gradients are often smaller.
+    x: (..., M, K), any float -> codes (..., M, K) float8_e4m3fn, scales (..., M, ceil(K/128)) fp32
+    (of a CUDA tensor, column after column in memory); x ≈ codes · scale. power_of_two: scales as
+    UE8M0 holds them. A NaN or an infinity makes its whole tile NaN. DeepSeek's code treats amax
+    below 1e-4 as 1e-4; gradients are often smaller.
     """
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"want floats of (..., M, K), got {x.dtype} of {tuple(x.shape)}")
     K = x.shape[-1]
     if has_kernels(x):
-        codes, scales = launch_quantize(x.reshape(-1, K), False, power_of_two)
-        return codes.view(x.shape), scales.view(*x.shape[:-1], -(-K // 128))
+        return launch_quantize(x, False, power_of_two)
     padded = F.pad(x.float(), (0, -K % 128)).unflatten(-1, (-1, 128))  # (..., K/128, 128)
     scales = _scales_of(padded.abs().amax(-1), power_of_two)
     codes = (padded / scales[..., None]).to(torch.float8_e4m3fn)
@@ -264,13 +442,40 @@ def quantize_blocks(w: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tens
     if w.dim() < 2 or not w.is_floating_point():
         raise ValueError(f"want floats of (..., N, K), got {w.dtype} of {tuple(w.shape)}")
     N, K = w.shape[-2:]
-    if w.dim() == 2 and has_kernels(w):
+    if has_kernels(w):
         return launch_quantize(w, True, power_of_two)
     padded = F.pad(w.float(), (0, -K % 128, 0, -N % 128))
     blocks = padded.unflatten(-1, (-1, 128)).unflatten(-3, (-1, 128))  # (…, N/128, 128, K/128, 128)
     scales = _scales_of(blocks.abs().amax((-3, -1)), power_of_two)  # (…, N/128, K/128)
     codes = (blocks / scales[..., :, None, :, None]).to(torch.float8_e4m3fn)
     return codes.flatten(-4, -3).flatten(-2)[..., :N, :K].contiguous(), scales
+
+
+def quantize_along(
+    x: Tensor, x_scales: Tensor | None = None, ends: Tensor | None = None, power_of_two=False
+) -> tuple[Tensor, Tensor]:
+    """A matrix by tiles of 128×1 and turned: what wgrad contracts are tokens (V3 §3.5.2).
+
+    x: (M, C), floats, or codes by tiles with x_scales (M, ceil(C/128)), which take new scales ->
+    codes (C, P), scales (C, P/128), P: M filled with zeros to whole tiles. ends: (E,) int32, M
+    the last, the rows up to each expert's end: each begins a tile of its own, and P is
+    128 (M // 128 + E), more or less of it unused. NaN as in quantize_tiles.
+    """
+    if x.dim() != 2 or (x_scales is None) == (x.dtype == torch.float8_e4m3fn):
+        got = f"{x.dtype} of {tuple(x.shape)}, scales {x_scales is not None}"
+        raise ValueError(f"want floats (M, C), or codes with their scales; got {got}")
+    if has_kernels(x):
+        return launch_along(x, x_scales, ends, power_of_two)
+    values = x if x_scales is None else dequantize(x, x_scales)
+    if ends is None:
+        return quantize_tiles(F.pad(values.T, (0, -len(x) % 128)), power_of_two)
+    sizes = ends.diff(prepend=ends.new_zeros(1))  # (E,)
+    filled = (sizes + 127) // 128 * 128
+    filling = (filled - sizes).cumsum(0) - (filled - sizes)  # (E,) that of the experts before
+    slot = torch.arange(len(x), device=x.device) + filling.repeat_interleave(sizes)  # (M,)
+    spread = values.new_zeros(128 * (len(x) // 128 + len(ends)), x.shape[1], dtype=torch.float32)
+    spread[slot] = values.float()
+    return quantize_tiles(spread.T, power_of_two)
 
 
 def _check(name: str, codes: Tensor, scales: Tensor) -> bool:
@@ -285,11 +490,11 @@ def _check(name: str, codes: Tensor, scales: Tensor) -> bool:
     if list(scales.shape) not in (tiles, blocks):
         got = f"codes {tuple(codes.shape)} with scales {tuple(scales.shape)}"
         raise ValueError(f"{name}: {got}; tiles want {tuple(tiles)}, blocks {tuple(blocks)}")
-    if not scales.is_contiguous():  # a square one that is transposed has the right shape
-        raise ValueError(
-            f"{name}: scales {tuple(scales.shape)} are a transposed view, not row-major"
-        )
-    return list(scales.shape) == tiles
+    by_tiles = list(scales.shape) == tiles
+    if not by_tiles and not scales.is_contiguous():  # a square one turned has the right shape
+        got = tuple(scales.shape)
+        raise ValueError(f"{name}: scales {got} by blocks are a transposed view, not row-major")
+    return by_tiles
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
@@ -318,11 +523,30 @@ def fp8_gemm(
     if a.device != b.device:
         raise ValueError(f"a is on {a.device}, b on {b.device}")
     if has_kernels(a):
-        b_blocks = len(b_scales) != len(b)
-        config = gemm_config(len(a), b_blocks, torch.cuda.get_device_capability(a.device))
-        return launch_gemm(a, a_scales, b, b_scales, out_dtype, config)
+        return tuned_gemm(a, a_scales, b, b_scales, out_dtype)
     with torch.autocast(a.device.type, enabled=False):
         return F.linear(dequantize(a, a_scales), dequantize(b, b_scales)).to(out_dtype)
+
+
+def _gemm_by_rows(a, a_scales, b, b_scales, ends: Tensor, out_dtype) -> Tensor:
+    """Rows of a (M, K) up to each of ends (E,) times their own of b (E, N, K), turned -> (M, N)."""
+    if has_kernels(a):
+        return tuned_gemm(a, a_scales, b, b_scales, out_dtype, ends)
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    pairs = zip(dequantize(a, a_scales).split(sizes), dequantize(b, b_scales), strict=True)
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.cat([rows @ w.T for rows, w in pairs]).to(out_dtype)
+
+
+def _gemm_along_rows(a, a_scales, b, b_scales, ends: Tensor, out_dtype) -> Tensor:
+    """wgrad of each expert: a (M, P), b (N, P) by quantize_along with ends (E,) -> (E, M, N)."""
+    if has_kernels(a):
+        return tuned_gemm(a, a_scales, b, b_scales, out_dtype, ends, along_k=True)
+    sizes = (ends.diff(prepend=ends.new_zeros(1)) + 127) // 128 * 128
+    sizes = [*sizes.tolist(), a.shape[1] - int(sizes.sum())]  # the last: unused
+    parts = (dequantize(*t).split(sizes, -1)[:-1] for t in ((a, a_scales), (b, b_scales)))
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.stack([x @ y.T for x, y in zip(*parts, strict=True)]).to(out_dtype)
 
 
 class _FP8Product(torch.autograd.Function):
@@ -343,11 +567,9 @@ class _FP8Product(torch.autograd.Function):
         quantize = quantize_blocks if gradient_blocks else quantize_tiles
         w_turned = w_codes.T.contiguous(), w_scales.T.contiguous()
         dx = fp8_gemm(*quantize(dy, power_of_two), *w_turned, dy.dtype)
-        # along the tokens: x goes back to fp32, is turned, and takes new scales
-        x_turned = dequantize(x_codes, x_scales).T.contiguous()
-        turned = (quantize_tiles(t, power_of_two) for t in (dy.T.contiguous(), x_turned))
-        (dy_codes, dy_scales), (xt_codes, xt_scales) = turned
-        dw = fp8_gemm(dy_codes, dy_scales, xt_codes, xt_scales, torch.float32)
+        dy_turned = quantize_along(dy, power_of_two=power_of_two)
+        x_turned = quantize_along(x_codes, x_scales, power_of_two=power_of_two)
+        dw = fp8_gemm(*dy_turned, *x_turned, torch.float32)
         return dx, dw.to(ctx.dtype), None, None
 
 
@@ -355,51 +577,39 @@ class _FP8Grouped(torch.autograd.Function):
     """The same for rows sorted by expert; along the tokens each expert's rows begin a new tile."""
 
     @staticmethod
-    def forward(ctx, x, weight, counts, power_of_two):
+    def forward(ctx, x, weight, ends, power_of_two):
         x_fp8, w_fp8 = quantize_tiles(x, power_of_two), quantize_blocks(weight, power_of_two)
-        ctx.save_for_backward(*x_fp8, *w_fp8)
-        ctx.counts, ctx.power_of_two, ctx.dtype = counts, power_of_two, weight.dtype
-        rows = dequantize(*x_fp8).split(counts)
-        with torch.autocast(x.device.type, enabled=False):
-            parts = [r @ w.T for r, w in zip(rows, dequantize(*w_fp8), strict=True)]
-        return torch.cat(parts).to(x.dtype)
+        ctx.save_for_backward(*x_fp8, *w_fp8, ends)
+        ctx.power_of_two, ctx.dtype = power_of_two, weight.dtype
+        return _gemm_by_rows(*x_fp8, *w_fp8, ends, x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
-        x_codes, x_scales, w_codes, w_scales = ctx.saved_tensors
-        sizes = torch.tensor(ctx.counts)  # (E,)
-        filled = (sizes + 127) // 128 * 128  # so that each expert has whole tiles of its own
-        filling = (filled - sizes).cumsum(0) - (filled - sizes)  # (E,) that of the experts before
-        slot = torch.arange(len(dy)) + filling.repeat_interleave(sizes)  # (M,)
-
-        def along_tokens(t: Tensor) -> tuple[Tensor, ...]:  # (M, C) -> of each expert (C, rows)
-            spread = t.new_zeros(int(filled.sum()), t.shape[1], dtype=torch.float32)
-            spread[slot.to(t.device)] = t.float()
-            codes = quantize_tiles(spread.T, ctx.power_of_two)
-            return dequantize(*codes).split(filled.tolist(), -1)
-
-        rows = dequantize(*quantize_tiles(dy, ctx.power_of_two)).split(ctx.counts)
-        weight, x = dequantize(w_codes, w_scales), dequantize(x_codes, x_scales)
-        with torch.autocast(dy.device.type, enabled=False):  # backward may be called within
-            dx = torch.cat([r @ w for r, w in zip(rows, weight, strict=True)])
-            dw = [g @ r.T for g, r in zip(along_tokens(dy), along_tokens(x), strict=True)]
-        return dx.to(dy.dtype), torch.stack(dw).to(ctx.dtype), None, None
+        x_codes, x_scales, w_codes, w_scales, ends = ctx.saved_tensors
+        w_turned = w_codes.mT.contiguous(), w_scales.mT.contiguous()
+        dx = _gemm_by_rows(*quantize_tiles(dy, ctx.power_of_two), *w_turned, ends, dy.dtype)
+        dy_turned = quantize_along(dy, None, ends, ctx.power_of_two)
+        x_turned = quantize_along(x_codes, x_scales, ends, ctx.power_of_two)
+        dw = _gemm_along_rows(*dy_turned, *x_turned, ends, torch.float32)
+        return dx, dw.to(ctx.dtype), None, None
 
 
 def fp8_grouped_gemm(x: Tensor, weight: Tensor, sizes: Tensor, power_of_two=False) -> Tensor:
     """Each expert's rows times its own matrix, transposed, as `grouped_gemm` of chapter 03 in FP8.
 
     x: (M, A) rows sorted by expert, weight: (E, B, A), sizes: (E,) rows of each -> (M, B). Under
-    autocast in its dtype. Gradients are FP8 products too, and re-tile each expert's own rows. There
-    is no kernel of it: on a GPU too, it multiplies in fp32 what the codes stand for.
+    autocast in its dtype. Gradients are FP8 products too, and re-tile each expert's own rows. That
+    sizes sum to M is checked on a CPU; a GPU would have to be waited for.
     """
-    counts = sizes.tolist()
-    if len(counts) != len(weight) or sum(counts) != len(x) or x.shape[-1] != weight.shape[-1]:
-        got = f"{tuple(x.shape)}, {tuple(weight.shape)}, sizes summing to {sum(counts)}"
+    shapes = len(sizes) == len(weight) and x.dim() == 2 and x.shape[-1] == weight.shape[-1]
+    if not shapes or not sizes.is_cuda and sizes.sum() != len(x):
+        got = f"{tuple(x.shape)}, {tuple(weight.shape)}, sizes {tuple(sizes.shape)}"
+        got += "" if sizes.is_cuda else f" summing to {sizes.sum()}"
         raise ValueError(f"want (M, A), (E, B, A), (E,) summing to M; got {got}")
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _FP8Grouped.apply(x, weight, counts, power_of_two)
+    ends = sizes.to(x.device).cumsum(0).to(torch.int32)
+    return _FP8Grouped.apply(x, weight, ends, power_of_two)
 
 
 class FP8Linear(nn.Linear):

@@ -20,7 +20,8 @@ class Compiled(NamedTuple):
 def compile_for(
     capability, kernel, types: dict, constants: dict, aligned=(), **options
 ) -> Compiled:
-    """types: argument -> "*bf16", "i32", …; constants: of the constexpr arguments, which follow."""
+    """types: argument -> "*bf16", "i32", …, in order; constants: of those that a launch makes so (a
+    stride of 1), then of the constexpr arguments, which follow."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -31,7 +32,11 @@ def compile_for(
         fn=kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name in aligned
+            if name not in constants
+        },
     )
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -48,3 +53,41 @@ def compile_for(
     number = lambda name: int(re.search(rf"{name}:(\d+)", usage)[1])
     spilled = number("STACK") + number("LOCAL")
     return Compiled(number("REG"), spilled, built.metadata.shared, built.asm["ptx"], sass)
+
+
+def compile_gemm(fp8, capability: int, config, a_blocks=False, b_blocks=True, out="bf16", group=""):
+    """A kernel of 04's as `launch_gemm` would have it; group: "", "rows" or "along"."""
+    kinds = [(config.BM, a_blocks), (config.BN, b_blocks)]
+    if config.swap:
+        kinds = [(config.BM, b_blocks), (config.BN, a_blocks)]
+    codes = [f"tensordesc<fp8e4nv[{n},128]>" if config.tma else "*fp8e4nv" for n, _ in kinds]
+    types = {"a": codes[0], "a_scales": "*fp32", "b": codes[1], "b_scales": "*fp32"}
+    types |= {"out": f"*{out}", "ends": "*i32"}
+    types |= dict.fromkeys(
+        ("M", "N", "K", "E", "a_m", "a_k", "b_n", "b_k", "out_m", "out_n"), "i32"
+    )
+    ones = [("a_k" if kinds[0][1] else "a_m"), ("b_k" if kinds[1][1] else "b_n")]
+    ones.append("out_m" if config.swap else "out_n")
+    constants = dict.fromkeys(ones, 1) | ({} if group else {"ends": None})
+    constants |= {"A_BLOCKS": kinds[0][1], "B_BLOCKS": kinds[1][1], "EXPERTS": 64 if group else 0}
+    constants |= {"ALONG_K": group == "along", "BM": config.BM, "BN": config.BN, "GROUP": 8}
+    constants |= {"TMA": config.tma, "FLATTEN": config.flatten, "ROLES": config.roles}
+    aligned = [name for name, kind in types.items() if kind[0] == "*"]
+    aligned += ["N", "K", "out_m", "out_n", *(name for name in ("a_k", "b_n") if name not in ones)]
+    launch = {"num_warps": config.warps, "num_stages": config.stages}
+    return compile_for(capability, fp8.fp8_gemm_kernel, types, constants, aligned, **launch)
+
+
+def shipped(fp8, capability: int):
+    """Every kind of product and every config that it may run with on this GPU."""
+    kinds = [(16, {}), (64, {"b_blocks": False}), (4096, {}), (4096, {"out": "fp32"})]
+    kinds += [(4096, {"b_blocks": False, "out": "fp32"}), (4096, {"a_blocks": True})]
+    kinds += [
+        (4096, {"group": "rows"}),
+        (4096, {"group": "along", "b_blocks": False, "out": "fp32"}),
+    ]
+    for rows, kind in kinds:
+        grouped = "group" in kind
+        limits = rows, kind.get("b_blocks", True), grouped, divmod(capability, 10)
+        for config in fp8.gemm_configs(*limits):
+            yield rows, kind, config

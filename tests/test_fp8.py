@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ahead import SHARED_LIMIT, compile_for, compile_gemm, shipped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -199,6 +200,7 @@ import torch
 fp8 = import_module("04_fp8_gemm")
 torch.manual_seed(0)
 random.seed(0)
+fp8.programs_at_a_time = lambda device, config: 2
 """
 QUANTIZERS = """
 shapes = [(1, 1), (3, 127), (33, 129), (130, 256)]
@@ -223,10 +225,10 @@ for M, K in shapes:
                 assert same[wide].all(), (M, K, blocks, power_of_two)
 """
 PRODUCTS = """
-small = {"BM": 16, "BN": 32, "GROUP": 2}, {}
-even = {"BM": 32, "BN": 64, "GROUP": 8}, {}
-wide = {"BM": 16, "BN": 256, "GROUP": 1}, {}
-shapes = [(1, 1, 1), (33, 70, 300), (64, 128, 128), (5, 257, 129), (20, 300, 200)]
+plain = fp8.Config(16, 32, 4, 2), fp8.Config(32, 64, 4, 2), fp8.Config(16, 256, 4, 2)
+configs = *plain, fp8.Config(32, 64, 4, 2, tma=True), fp8.Config(32, 16, 4, 2, swap=True)
+configs += fp8.Config(64, 16, 4, 2, tma=True, swap=True),
+shapes = [(1, 1, 1), (33, 70, 300), (64, 128, 128), (5, 257, 144), (20, 300, 208)]
 shapes += [tuple(random.randint(1, n) for n in (60, 200, 300)) for _ in range(3)]
 for M, N, K in shapes:
     for a_by in fp8.quantize_tiles, fp8.quantize_blocks:
@@ -234,15 +236,93 @@ for M, N, K in shapes:
             a, b = a_by(torch.randn(M, K)), b_by(torch.randn(N, K))
             if 1 in (M, N) and a_by != fp8.quantize_tiles:
                 continue
+            a_columns = a[0], a[1].T.contiguous().T if a_by == fp8.quantize_tiles else a[1]
             want = fp8.dequantize(*a).double() @ fp8.dequantize(*b).double().T
-            for config in small, even, wide:
-                got = fp8.launch_gemm(*a, *b, torch.float32, config)
-                assert (got - want).abs().max() <= 1e-6 * K, (M, N, K, config)
+            for config in configs:
+                if config.tma and K % 16:
+                    continue
+                for a_side in a, a_columns:
+                    got = fp8.launch_gemm(*a_side, *b, torch.float32, config)
+                    assert (got - want).abs().max() <= 1e-6 * K, (M, N, K, config)
+"""
+ALONG = """
+for M, C in (1, 1), (128, 64), (130, 70), (300, 130):
+    for sizes in None, [M], [0, M // 2, 0, M - M // 2, 0], [M - 1, 1, 0]:
+        for power_of_two in False, True:
+            x = torch.randn(M, C) * torch.logspace(-3, 3, M)[:, None]
+            x[M // 2, C // 2] = math.nan if power_of_two else 0
+            ends = None if sizes is None else torch.tensor(sizes).cumsum(0).int()
+            for operand in (x, None), fp8.quantize_tiles(x, power_of_two):
+                codes, scales = fp8.launch_along(*operand, ends, power_of_two)
+                want_codes, want_scales = fp8.quantize_along(*operand, ends, power_of_two)
+                assert codes.shape == want_codes.shape and scales.shape == want_scales.shape
+                ok = ~want_scales.isnan()
+                assert torch.equal(scales[ok], want_scales[ok]), (M, C, sizes)
+                assert torch.equal(scales.isnan(), ~ok), (M, C, sizes)
+                same = codes.view(torch.uint8) == want_codes.view(torch.uint8)
+                assert same[ok.repeat_interleave(128, 1)].all(), (M, C, sizes)
+"""
+GROUPED = """
+plain, tma = fp8.Config(16, 32, 4, 2), fp8.Config(32, 64, 4, 2, tma=True)
+cases = [([3, 0, 50, 1], 70, 144), ([0, 0, 40], 130, 130), ([17], 33, 128), ([0, 0], 5, 16)]
+for sizes, N, K in cases:
+    M, E = sum(sizes), len(sizes)
+    ends = torch.tensor(sizes).cumsum(0).int()
+    a, b = fp8.quantize_tiles(torch.randn(M, K)), fp8.quantize_blocks(torch.randn(E, N, K))
+    want = fp8._gemm_by_rows(*a, *b, ends, torch.float32)
+    x, y = (fp8.quantize_along(torch.randn(M, n), ends=ends) for n in (N, K))
+    want_along = fp8._gemm_along_rows(*x, *y, ends, torch.float32)
+    for config in plain, tma:
+        if K % 16 == 0 or not config.tma:
+            got = fp8.launch_gemm(*a, *b, torch.float32, config, ends)
+            assert got.shape == want.shape
+            assert M == 0 or (got - want).abs().max() <= 1e-6 * K
+        got = fp8.launch_gemm(*x, *y, torch.float32, config, ends, along_k=True)
+        assert got.shape == want_along.shape
+        assert (got - want_along).abs().max() <= 1e-4, (sizes, config)
+"""
+
+
+LAYERS = """
+# the same layers by kernels and by twins; the second candidate of each product is the fastest
+import triton
+from unittest.mock import patch
+
+def gradients():
+    torch.manual_seed(0)
+    layer, x = fp8.FP8Linear(144, 50, bias=False), torch.randn(70, 144).requires_grad_()
+    dy, weight = torch.randn(70, 50), torch.randn(3, 50, 144).requires_grad_()
+    y = layer(x)
+    grouped = fp8.fp8_grouped_gemm(x, weight, torch.tensor([30, 0, 40]))
+    few = layer(x[:3])
+    (y * dy + grouped * dy).sum().backward()
+    return y, few, grouped, x.grad, layer.weight.grad, weight.grad
+
+want = gradients()
+times = iter([2.0, 1.0, 3.0, 3.0, 3.0, 3.0] * 100)
+with patch.object(fp8, "has_kernels", lambda x: True), \
+        patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)), \
+        patch.object(torch.cuda, "is_current_stream_capturing", lambda: False), \
+        patch.object(fp8, "milliseconds", lambda run, want: next(times) + 0 * run().sum()):
+    got = gradients()
+for g, w in zip(got, want, strict=True):
+    assert g.shape == w.shape and (g - w).abs().max() <= 1e-4
+assert len(fp8.TUNED) == 6 and any(config.swap for config in fp8.TUNED.values())
+
+run = lambda: torch.ones(2)
+with patch.object(triton.testing, "do_bench", lambda run, **_: 1.5):
+    assert fp8.milliseconds(run, torch.ones(2)) == 1.5
+    assert fp8.milliseconds(run, torch.zeros(2)) == math.inf
+    assert fp8.milliseconds(lambda: 1 / torch.zeros(2, 3) @ run(), run()) == math.inf
 """
 
 
 @TRITON
-@pytest.mark.parametrize("body", [QUANTIZERS, PRODUCTS], ids=["quantizers", "products"])
+@pytest.mark.parametrize(
+    "body",
+    [QUANTIZERS, PRODUCTS, ALONG, GROUPED, LAYERS],
+    ids=["quantizers", "products", "along", "grouped", "layers"],
+)
 def test_kernels_in_the_interpreter(body):
     """Codes and scales bit for bit; the product against that of the codes in float64."""
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -252,29 +332,26 @@ def test_kernels_in_the_interpreter(body):
 
 
 TENSOR_CORE = {89: r"mma.sync", 90: r"wgmma.mma_async", 100: r"tcgen05.mma", 120: r"mma.sync"}
-TYPES = {"a": "*fp8e4nv", "a_scales": "*fp32", "b": "*fp8e4nv", "b_scales": "*fp32"}
+CONFIGS = [
+    pytest.param(capability, kind, config, id=f"sm_{capability}-{rows}-{kind}-{config}")
+    for capability in TENSOR_CORE
+    for rows, kind, config in shipped(fp8, capability)
+]
 
 
 @TRITON
-@pytest.mark.parametrize("out", ["bf16", "fp32"])
-@pytest.mark.parametrize("b_blocks", [True, False], ids=["blocks", "tiles"])
-@pytest.mark.parametrize("M", [16, 4096])
-@pytest.mark.parametrize("capability", [89, 90, 100, 120])
-def test_gemm_compiles_without_a_spill(capability, M, b_blocks, out):
+@pytest.mark.parametrize("capability, kind, config", CONFIGS)
+def test_gemm_compiles_without_a_spill(capability, kind, config):
     """Every config that is shipped, for every kind of operand: FP8 tensor cores, shared memory."""
-    from ahead import SHARED_LIMIT, compile_for
-
-    tile, launch = fp8.gemm_config(M, b_blocks, divmod(capability, 10))
-    types = TYPES | {"out": f"*{out}"} | dict.fromkeys("MNK", "i32")
-    constants = {"A_BLOCKS": False, "B_BLOCKS": b_blocks, **tile}
-    aligned = [*TYPES, "out", "N", "K"]
-    got = compile_for(capability, fp8.fp8_gemm_kernel, types, constants, aligned, **launch)
+    got = compile_gemm(fp8, capability, config, **kind)
     assert got.spilled == 0
     assert got.shared <= 1024 * SHARED_LIMIT[capability]
     lines = [line for line in got.ptx.splitlines() if TENSOR_CORE[capability] in line]
     assert lines and all("e4m3" in line or "f8f6f4" in line for line in lines)
     if capability == 90:
-        assert "QGMMA" in got.sass
+        assert "QGMMA" in got.sass and "HGMMA" not in got.sass
+        assert ("UTMALDG" in got.sass) == config.tma
+        assert ("USETMAXREG" in got.sass) == config.roles
 
 
 @TRITON
@@ -282,8 +359,6 @@ def test_gemm_compiles_without_a_spill(capability, M, b_blocks, out):
 @pytest.mark.parametrize("blocks", [False, True], ids=["tiles", "blocks"])
 @pytest.mark.parametrize("capability", [89, 90, 100, 120])
 def test_quantizers_compile_without_a_spill(capability, blocks, power_of_two):
-    from ahead import compile_for
-
     kernel = fp8.quantize_blocks_kernel if blocks else fp8.quantize_tiles_kernel
     first, second = ("w", "N") if blocks else ("x", "M")
     types = {first: "*bf16", "codes": "*fp8e4nv", "scales": "*fp32", second: "i32", "K": "i32"}
@@ -420,7 +495,7 @@ def test_quantizers_refuse(quantize):
 
 
 def test_grouped_refuses():
-    with pytest.raises(ValueError, match="sizes summing to 5"):
+    with pytest.raises(ValueError, match=r"\(2,\) summing to 5"):
         fp8.fp8_grouped_gemm(torch.randn(6, 8), torch.randn(2, 4, 8), torch.tensor([2, 3]))
 
 
