@@ -354,7 +354,7 @@ def launch_gemm(
     if config.tma:
         boxes = zip(sides, ([config.BM, 128], [config.BN, 128]), strict=True)
         sides = [(TensorDescriptor.from_tensor(t, box), scales) for (t, scales), box in boxes]
-        tiles = min(tiles, programs_at_a_time(a.device, config))
+        tiles = min(tiles, programs_at_a_time(out, config))
     (left, left_scales), (right, right_scales) = sides
     fp8_gemm_kernel[(tiles,)](
         left, left_scales, right, right_scales, out, ends, M, N, K, E,
@@ -366,10 +366,12 @@ def launch_gemm(
     return out
 
 
-def programs_at_a_time(device: torch.device, config: Config) -> int:
-    """Programs that the GPU holds at once: 8 warps of 255 registers fill an SM."""
-    each = 1 if config.roles else 8 // config.warps
-    return each * torch.cuda.get_device_properties(device).multi_processor_count
+def programs_at_a_time(out: Tensor, config: Config) -> int:
+    """Programs that the GPU holds at once: an SM has registers for 8 warps of 255, and 227 KB."""
+    shared = config.stages * (config.BM + config.BN) * 128
+    shared += config.BM * config.BN * out.element_size() if config.flatten else 0
+    each = 1 if config.roles else min(8 // config.warps, 227 * 2**10 // shared)
+    return each * torch.cuda.get_device_properties(out.device).multi_processor_count
 
 
 TUNED: dict[tuple, Config] = {}  # the fastest for a shape, on this GPU
@@ -696,7 +698,7 @@ def verify_quantizers(device: torch.device) -> None:
 
 def verify_products(device: torch.device) -> None:
     """Forward, dgrad and wgrad, each against the float64 product of what its codes stand for."""
-    M, N, K = 200, 130, 300
+    M, N, K = 200, 144, 304
     layer = FP8Linear(K, N, bias=False).to(device)
     x = torch.randn(M, K, device=device).requires_grad_()
     y, dy = layer(x), torch.randn(M, N, device=device)
@@ -712,6 +714,18 @@ def verify_products(device: torch.device) -> None:
     check("wgrad, re-tiled along the tokens", layer.weight.grad, dy_along @ x_along.T, fp32)
     cosine = F.cosine_similarity(layer.weight.grad.flatten(), (dy.T @ x).flatten(), 0)
     measure("wgrad_cosine", cosine.item(), "with the gradient of fp32")
+    sizes, weight = [90, 0, 110], torch.randn(3, N, K, device=device).requires_grad_()
+    grouped = fp8_grouped_gemm(x, weight, torch.tensor(sizes, device=device))
+    grouped.backward(dy)
+    for e, rows in enumerate(
+        zip(x.split(sizes), dy.split(sizes), grouped.split(sizes), strict=True)
+    ):
+        if sizes[e]:
+            layer.weight.data, layer.weight.grad = weight.detach()[e], None
+            alone = layer(rows[0])
+            alone.backward(rows[1])
+            check(f"expert {e}'s rows = a layer of its own", rows[2], alone, fp32)
+            check(f"expert {e}'s wgrad", weight.grad[e], layer.weight.grad, fp32)
 
 
 # %% 4. What does it buy? --------------------------------------------------------------------
@@ -826,20 +840,70 @@ def draw(by_outlier: dict, by_sum: dict, out: Path) -> None:
 # %% 5. How fast? ----------------------------------------------------------------------------
 
 
-def bench(device: torch.device) -> None:
-    """What the emulation costs: forward and backward of one layer, beside nn.Linear in bf16."""
-    x = torch.randn(2048, 512, device=device).bfloat16()
-    layers = {"bf16": nn.Linear(512, 512, bias=False), "fp8": FP8Linear(512, 512, bias=False)}
+# q_a and kv_a, q_b, kv_b, o of V3's attention; gate or up and down of two of its experts' width
+V3_SHAPES = (2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)
+PEAK = 1979e12  # FLOP/s of an H100 or H200 in FP8, by NVIDIA's sheet
+
+
+def torch_scaled_mm(a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor) -> Tensor | None:
+    """PyTorch's FP8 product, None where this build or GPU has no such one."""
+    try:
+        return torch._scaled_mm(a, b.T, a_scales, b_scales.T, out_dtype=torch.bfloat16)
+    except (RuntimeError, ValueError):
+        return None
+
+
+def bench_products(device: torch.device) -> None:
+    """The kernel beside bf16 and PyTorch's own FP8, V3's shapes, few rows and many."""
+    ratios = []
+    for M in 64, 128, 4096:
+        for N, K in V3_SHAPES:
+            x, w = torch.randn(M, K, device=device).bfloat16(), torch.randn(N, K, device=device)
+            a, b, w = quantize_tiles(x), quantize_blocks(w), w.bfloat16()
+            one = torch.ones(max(M, N), 1, device=device)
+            tasks = {
+                "fp8": lambda a=a, b=b: fp8_gemm(*a, *b),
+                "and quantised": lambda x=x, b=b: fp8_gemm(*quantize_tiles(x), *b),
+                "bf16": lambda x=x, w=w: x @ w.T,
+                "torch by rows": partial(torch_scaled_mm, a[0], b[0], one[:M], one[:N]),
+                "torch by blocks": partial(torch_scaled_mm, a[0], b[0], a[1], b[1]),
+            }
+            known = {name: task for name, task in tasks.items() if task() is not None}
+            median = partial(triton.testing.do_bench, return_mode="median")
+            ms = {name: median(task) for name, task in known.items()}
+            flops, moved = 2e3 * M * N * K, 1e3 * (M * K + N * K + 2 * M * N)
+            text = (
+                f"TFLOP/s, {flops / ms['fp8'] / PEAK:.0%} of peak, {moved / ms['fp8'] / 1e9:,.0f}"
+            )
+            text += " GB/s; bf16 takes {:.2f}x".format(ms["bf16"] / ms["fp8"])
+            rest = [name for name in ms if name not in ("fp8", "bf16")]
+            text += "".join(f", {name} {ms[name] / ms['fp8']:.2f}x" for name in rest)
+            measure(f"gemm_{M}x{N}x{K}", flops / ms["fp8"] / 1e12, text)
+            ratios.append(ms["bf16"] / ms["fp8"])
+    many = ratios[-len(V3_SHAPES) :]
+    measure("gemm_speedup", math.prod(many) ** (1 / len(many)), "x bf16, geometric mean, M = 4096")
+
+
+def bench_layer(device: torch.device) -> None:
+    """Forward and backward of a layer, quantised and turned as it goes, beside nn.Linear's."""
+    cuda = device.type == "cuda"
+    M, N, K = (4096, 2048, 7168) if cuda else (2048, 512, 512)
+    x = torch.randn(M, K, device=device).bfloat16().requires_grad_()
+    kinds = {"bf16": nn.Linear, "fp8": FP8Linear}
+    layers = {name: kind(K, N, bias=False, device=device) for name, kind in kinds.items()}
     times: dict[str, list[float]] = {name: [] for name in layers}
     for _ in range(10):
         for name, layer in layers.items():
             begin = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16):
-                layer.to(device)(x).float().sum().backward()
+                layer(x).float().sum().backward()
+            if cuda:
+                torch.cuda.synchronize(device)
             times[name].append(1e3 * (time.perf_counter() - begin))
     ms = {name: statistics.median(values[1:]) for name, values in times.items()}
-    measure("linear_bf16_ms", ms["bf16"], "ms   2048 × 512 × 512, forward and backward")
-    measure("linear_fp8_ms", ms["fp8"], f"ms   emulated: {ms['fp8'] / ms['bf16']:.1f}x the time")
+    measure("linear_bf16_ms", ms["bf16"], f"ms   {M} × {N} × {K}, forward and backward")
+    kernels = "" if has_kernels(x) else "emulated: "
+    measure("linear_fp8_ms", ms["fp8"], f"ms   {kernels}{ms['fp8'] / ms['bf16']:.1f}x the time")
 
 
 # %% Exercises -------------------------------------------------------------------------------
@@ -856,7 +920,7 @@ def main() -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     cli.add_argument("--device", default=default, help="cpu, cuda, cuda:1, … (%(default)s)")
     cli.add_argument("--seed", type=int, default=0, help="of weights and inputs (%(default)s)")
-    cli.add_argument("--bench", action="store_true", help="also what the emulation costs")
+    cli.add_argument("--bench", action="store_true", help="also time it")
     cli.add_argument("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
     try:
@@ -870,7 +934,9 @@ def main() -> None:
     verify_products(device)
     experiment(args.out / "04_fp8_gemm.png")
     if args.bench:
-        bench(device)
+        if has_kernels(torch.empty(0, device=device)):
+            bench_products(device)
+        bench_layer(device)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,38 @@
+r"""What the compiler makes of every kernel configuration that the chapters ship, GPU by GPU.
+
+No GPU is needed: each is compiled ahead of time, and the binary says what it takes. Registers are
+those of a thread (255 at most); what is spilt lives in slow memory, and nothing here is.
+
+Run:  python benchmarks/kernels.py          2 minutes on two CPU cores
+"""
+
+import argparse
+import sys
+from importlib import import_module
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "tests")]
+ahead = import_module("ahead")
+fp8 = import_module("04_fp8_gemm")
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cli.parse_args()
+    if fp8.triton is None:
+        cli.exit(2, "Triton is not installed: there is nothing to compile with\n")
+    for capability in 89, 90, 100, 120:
+        for rows, kind, config in ahead.shipped(fp8, capability):
+            got = ahead.compile_gemm(fp8, capability, config, **kind)
+            how = [name for name in ("tma", "flatten", "roles", "swap") if getattr(config, name)]
+            what = [kind.get("group", "dense"), kind.get("out", "bf16")]
+            what += ["a_blocks"] * ("a_blocks" in kind) + ["b_tiles"] * ("b_blocks" in kind)
+            tile = f"{config.BM}x{config.BN}", f"{config.warps}w", f"{config.stages}s"
+            name = "_".join((f"sm{capability}", f"M{rows}", *what, *tile, *how))
+            code = sum(line.rstrip().endswith(";") for line in got.sass.splitlines())
+            text = f"registers, {got.shared / 1024:.0f} KB shared, {code:,} instructions"
+            fp8.measure(name, got.registers, f"{text}, {got.spilled} bytes spilt")
+
+
+if __name__ == "__main__":
+    main()
