@@ -207,6 +207,10 @@ class LatentCache:
             raise ValueError(f"cannot keep {kept.tolist()} tokens of {self.lengths.tolist()}")
         self.lengths, self.used = kept.to(torch.int64, copy=True), int(kept.max())
 
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows, (B',) indices that may repeat, or a mask (B,)."""
+        self.entries, self.lengths = self.entries[rows], self.lengths[rows]
+
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, mask=None) -> Tensor:
     """F.scaled_dot_product_attention, also where values are narrower than keys.

@@ -695,10 +695,10 @@ def encoding_of(tokens: list[bytes]) -> tiktoken.Encoding:
 
 def save_encoding(encoding: tiktoken.Encoding, path: Path) -> None:
     """One JSON file with all that load_encoding needs."""
-    ends = encoding.encode_single_token(END)
     tokens = [base64.b64encode(t).decode() for t in encoding.token_byte_values()]
     ranks = {t: encoding.encode_single_token(base64.b64decode(t)) for t in tokens}
-    raw = {"pat_str": encoding._pat_str, "special_tokens": {END: ends}, "mergeable_ranks": ranks}
+    special = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
+    raw = {"pat_str": encoding._pat_str, "special_tokens": special, "mergeable_ranks": ranks}
     save_whole(path, lambda fresh: fresh.write_text(json.dumps(raw)))
 
 

@@ -1,0 +1,1226 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch>=2.11,<=2.13", "numpy>=1.26", "tiktoken>=0.8", "regex>=2024.5", "matplotlib>=3.8",
+#   "safetensors>=0.4.5", "tqdm>=4.66",
+# ]
+# ///
+r"""07 · GRPO: rewarded for right answers alone, a model finds out that thinking pays.
+
+R1-Zero was never shown how to reason. V3 was asked 10,400 batches of questions, every answer was
+checked by a rule, and AIME 2024 went from 15.6 % to 71.0 % while answers grew from hundreds of
+tokens to thousands [2]. The same happens here to a model of 0.7 million parameters in a minute.
+
+    question q ─► G answers oᵢ ─► rewards rᵢ ─► advantages Aᵢ ─► one gradient step
+        │            │  sampled by the model      │ none but the mean of the group to compare with
+     "5-9+7="        └ <think>5-9=96,96+7=3</think><answer>3</answer>
+
+    loss    −1/G Σᵢ 1/|oᵢ| Σₜ min(ρ Aᵢ, clip(ρ, 1−ε, 1+ε) Aᵢ) − β·k3          [1] eq. 3
+    ratio   ρ = π(oᵢₜ) / π_old(oᵢₜ)        of the policy that sampled; 1 at first, its gradient not
+    k3      r − ln r − 1, r = π_ref/π      never below 0                       [1] eq. 4
+    A       (rᵢ − mean r) / std r          0 where all of a group are equal    [1] §4.1.2
+            rᵢ − mean r, and Σₜ / constant for 1/|oᵢ| Σₜ                       [3] Dr.GRPO, default
+
+    axis  here                             [1] DeepSeekMath, arXiv:2402.03300
+    B     answers of a batch, P·G          [2] DeepSeek-R1, arXiv:2501.12948
+    P, G  prompts; answers to each         [3] Dr.GRPO, arXiv:2503.20783
+    T     tokens, prompt included          [4] DeepSeek-V3.2, arXiv:2512.02556
+
+Three stages: worked examples teach the model to calculate step by step (its ceiling); a cold start
+hides that, four of five examples answer at once; then rewards alone, on problems it never saw.
+
+Run:  python 07_grpo.py [--quick | --bench | --resume RUN]          3 minutes on two CPU cores
+"""
+
+import argparse
+import contextlib
+import copy
+import importlib.util
+import itertools
+import json
+import math
+import operator
+import random
+import re
+import shlex
+import statistics
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+base = import_module("06_train")  # DeepSeek, DeepSeekConfig, Run, and the checks
+mtp = import_module("05_mtp")  # probabilities
+check, measure = base.check, base.measure
+
+# %% 1. The equations, word for word ---------------------------------------------------------
+
+
+def reference_loss(
+    logp, old_logp, advantages, lengths, clip_low, clip_high, beta, ref_logp
+) -> float:
+    """[1] eq. 3 and 4 with loops, negated; (B, T) nested lists, (B,) advantages and lengths."""
+    total = 0.0
+    for i, length in enumerate(lengths):
+        inner = 0.0
+        for t in range(length):
+            ratio = math.exp(logp[i][t] - old_logp[i][t])
+            clipped = min(max(ratio, 1 - clip_low), 1 + clip_high)
+            r = math.exp(ref_logp[i][t] - logp[i][t])
+            k3 = r - math.log(r) - 1
+            inner += min(ratio * advantages[i], clipped * advantages[i]) - beta * k3
+        total += inner / length
+    return -total / len(lengths)
+
+
+# %% 2. The piece ----------------------------------------------------------------------------
+
+
+# >>> copy: group_advantages, process_advantages, kl_k3, grpo_loss (needs torch)
+def group_advantages(rewards: Tensor, normalize: str = "std") -> Tensor:
+    """How much better than its group: (P, G) rewards, G answers to each prompt -> (P, G).
+
+    "std": (r − mean) / std, the std with G − 1 as PyTorch's and TRL's ([1] §4.1.2); "mean": r −
+    mean (Dr.GRPO). A group of equals has none, exactly: rounding would leave a remainder, and its
+    std would blow that up. ValueError: another shape or name, a reward that is no finite number.
+    """
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"want rewards (P, G) of 2 or more answers, got {tuple(rewards.shape)}")
+    if normalize not in ("std", "mean"):
+        raise ValueError(f"normalize is 'std' or 'mean', not {normalize!r}")
+    if not rewards.isfinite().all():
+        raise ValueError(f"rewards must be finite, got {rewards[~rewards.isfinite()][0].item()}")
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+    centred = rewards - rewards.mean(1, keepdim=True)
+    tied = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    scaled = centred / rewards.std(1, keepdim=True) if normalize == "std" else centred
+    return torch.where(tied, 0.0, scaled)
+
+
+def process_advantages(rewards: Tensor, ends: Tensor, T: int) -> Tensor:
+    """Rewards of steps, not of answers: each token gets those of all steps that end at it or later.
+
+    rewards: (G, S) of one group's answers, normalised together ([1] §4.1.3); ends: (G, S) int64,
+    the place of each step's last token, −1 where an answer has fewer steps -> (G, T).
+    """
+    if rewards.shape != ends.shape or rewards.dim() != 2 or (ends >= T).any():
+        got = f"{tuple(rewards.shape)}, {tuple(ends.shape)}, T = {T}"
+        raise ValueError(f"want rewards and ends (G, S), every end below T; got {got}")
+    there = ends >= 0
+    normed = torch.zeros_like(rewards, dtype=torch.promote_types(rewards.dtype, torch.float32))
+    values = rewards[there].to(normed.dtype)
+    if len(values) > 1 and values.amax() > values.amin():
+        normed[there] = (values - values.mean()) / values.std()
+    reached = ends[:, :, None] >= torch.arange(T, device=ends.device)  # (G, S, T)
+    return (normed[:, :, None] * reached).sum(1)
+
+
+def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """r − ln r − 1 with r = π_ref / π at what π has drawn: an estimate of KL(π ‖ π_ref), never < 0.
+
+    As a number it has the right mean. As a loss, not: the mean of its gradient is that of the other
+    KL(π_ref ‖ π). Times the ratio π/π_old it is that of KL(π ‖ π_ref) ([4]; `weigh_kl` below).
+    """
+    log_ratio = ref_logp - logp
+    return log_ratio.expm1() - log_ratio
+
+
+def grpo_loss(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor,
+    denominator: str | Tensor = "sequence", clip: float = 0.2, clip_high: float | None = None,
+    beta: float = 0.0, ref_logp: Tensor | None = None, weigh_kl: bool = False,
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    """The clipped surrogate of [1] eq. 3 -> the loss to minimise, and {"clipped", "kl"}.
+
+    logp, old_logp: (B, T) ln π of each token, with gradient, and under the policy that drew it;
+    advantages: (B,) or (B, T); mask: (B, T), True where a token was drawn. The sum over a row is
+    divided by denominator: "sequence" (B times its own tokens: GRPO), "token" (all tokens of the
+    batch: DAPO), or a (B,) tensor: B times a constant is Dr.GRPO's, and of a slice of a batch, the
+    whole batch's. clip_high: above 1 + it (DAPO: 0.28), else clip on both sides. beta: of k3 to
+    ref_logp; weigh_kl: times the ratio. ValueError: shapes; beta without ref_logp.
+
+    On the policy that drew them every ratio is 1, and with equal lengths the advantages cancel: the
+    loss is 0. Its gradient is not, −A·∇ln π: watch the rewards instead.
+    """
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    shapes = [tuple(t.shape) for t in (logp, old_logp, mask)]
+    if len(set(shapes)) > 1 or logp.dim() != 2 or advantages.shape[0] != len(logp):
+        got = f"{shapes}, advantages {tuple(advantages.shape)}"
+        raise ValueError(f"want logp, old_logp and mask (B, T), advantages (B,) or (B, T); {got}")
+    if beta and (ref_logp is None or ref_logp.shape != logp.shape):
+        raise ValueError(f"beta {beta} wants ref_logp {shapes[0]}")
+    tokens = mask.sum(1)  # (B,)
+    if isinstance(denominator, str):
+        kinds = {"sequence": len(logp) * tokens, "token": tokens.sum().expand(len(logp))}
+        if denominator not in kinds:
+            raise ValueError(f"denominator is 'sequence', 'token' or (B,), not {denominator!r}")
+        denominator = kinds[denominator].clamp(min=1)
+    # what isn't drawn may hold anything, and 0 · inf is NaN: it is replaced and not multiplied
+    ratio = torch.where(mask, logp - old_logp.detach(), 0.0).exp()  # (B, T)
+    clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    per_token = torch.minimum(ratio * advantages, clipped * advantages)
+    kl = torch.zeros_like(ratio)
+    if beta:
+        kl = kl_k3(torch.where(mask, logp, 0.0), torch.where(mask, ref_logp, 0.0))
+        per_token = per_token - beta * kl * (ratio if weigh_kl else 1.0)
+    loss = -((per_token * mask).sum(1) / denominator).sum()
+    with torch.no_grad():
+        binds = (clipped * advantages < ratio * advantages) & mask
+        count = tokens.sum().clamp(min=1)
+        stats = {"clipped": (binds.sum() / count).item(), "kl": ((kl * mask).sum() / count).item()}
+    return loss, stats
+
+
+# <<< copy
+# %% 3. Sampling, and scoring what was sampled ------------------------------------------------
+
+
+class Rollout(NamedTuple):
+    """B = P·G answers, those to one prompt beside one another."""
+
+    tokens: Tensor  # (B, T) int64: prompt, answer, zeros
+    mask: Tensor  # (B, T − 1) bool: was tokens[:, 1:] drawn?
+    logp: Tensor  # (B, T − 1) fp32: ln of the probability it was drawn with; else 0
+    ended: Tensor  # (B,) bool: by its end, and not by the limit
+    routes: Tensor | None = None  # (B, T, mixtures, K): the experts that each token went to
+
+    def answers(self) -> list[list[int]]:
+        rows = zip(self.tokens[:, 1:], self.mask, strict=True)
+        return [row[drawn].tolist() for row, drawn in rows]
+
+
+@contextlib.contextmanager
+def watched_routes(model: base.DeepSeek) -> Iterator[list]:
+    """A list that each mixture's choice (N, K) is added to, layer by layer."""
+    seen = []
+    gates = [mixture.gate for mixture in model.mixtures()]
+    for gate in gates:
+
+        def choose(scores: Tensor, gate=gate) -> Tensor:
+            seen.append(type(gate).choose(gate, scores))
+            return seen[-1]
+
+        gate.choose = choose
+    try:
+        yield seen
+    finally:
+        for gate in gates:
+            del gate.choose
+
+
+@contextlib.contextmanager
+def replayed_routes(model: base.DeepSeek, routes: Tensor | None) -> Iterator[None]:
+    """Every token goes where it went when it was sampled; routes: (B, T, mixtures, K) or None."""
+    gates = [mixture.gate for mixture in model.mixtures()] if routes is not None else []
+    for layer, gate in enumerate(gates):
+        chosen = routes[:, :, layer].flatten(0, 1)
+        gate.choose = lambda scores, chosen=chosen: chosen
+    try:
+        yield
+    finally:
+        for gate in gates:
+            del gate.choose
+
+
+@torch.no_grad()
+def rollout(
+    model: base.DeepSeek, prompts: Sequence[list[int]], max_new_tokens: int, group: int = 1,
+    temperature: float = 1.0, top_p: float = 1.0, eos_token_id: int | None = None,
+    generator: torch.Generator | None = None, record_routes: bool = False,
+) -> Rollout:  # fmt: skip
+    """`group` answers to each prompt through the latent cache; a prompt is read once for all.
+
+    The logp are those of the very distribution that is drawn from: temperature and top_p included
+    (temperature 0: the likeliest token, with probability 1). A row that has ended leaves the batch.
+    ValueError: an empty prompt, more tokens than max_position_embeddings.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    room, limit = max(lengths, default=0) + max_new_tokens, model.config.max_position_embeddings
+    if not prompts or min(lengths) == 0 or max_new_tokens < 1 or group < 1:
+        raise ValueError(f"want prompts, answers and a group of 1 or more; prompts of {lengths}")
+    if room > limit:
+        raise ValueError(f"prompt + new tokens = {room} > max_position_embeddings = {limit}")
+    mtp.validate_drawing(temperature, top_p)
+    device, P, B = model.lm_head.weight.device, len(prompts), len(prompts) * group
+    padded = torch.zeros(P, max(lengths), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = torch.tensor(prompt)
+    padded, last = padded.to(device), torch.tensor(lengths, device=device) - 1
+    caches, watch = model.new_caches(P, room), contextlib.nullcontext([])
+    rows = torch.arange(P, device=device).repeat_interleave(group)  # (B,)
+    tokens = torch.zeros(B, room, dtype=torch.int64, device=device)
+    tokens[:, : padded.shape[1]] = padded[rows]
+    mask = torch.zeros(B, room - 1, dtype=torch.bool, device=device)
+    logp = torch.zeros(B, room - 1, device=device)
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    if record_routes:
+        watch, K = watched_routes(model), model.config.num_experts_per_tok
+        routes = torch.zeros(B, room, len(model.mixtures()), K, dtype=torch.int64, device=device)
+    with watch as seen:
+        states = model.hidden(padded, caches)[torch.arange(P), last]  # (P, D)
+        if record_routes:
+            first = torch.stack(seen, 1).unflatten(0, padded.shape)  # (P, T, mixtures, K)
+            routes[:, : padded.shape[1]] = first[rows]
+        for cache in caches:
+            cache.truncate(last + 1)  # the padding is forgotten
+            cache.select(rows)
+        states, place = states[rows], (last + 1)[rows]  # where a row's next token goes
+        active, live = torch.arange(B, device=device), torch.ones_like(ended)
+        for step in range(max_new_tokens):
+            chosen, chance = draw(model.head(states), temperature, top_p, generator)
+            now, at = active[live], place[active[live]]
+            tokens[now, at], logp[now, at - 1], mask[now, at - 1] = chosen[live], chance[live], True
+            place[now] += 1
+            ended[active] |= live & (chosen == eos_token_id)
+            live = live & (chosen != eos_token_id)
+            going = int(live.sum())
+            if going == 0 or step == max_new_tokens - 1:
+                break
+            if going <= 0.9 * len(live):  # the others have run along, unheard, for a while
+                for cache in caches:
+                    cache.select(live)
+                active, chosen = active[live], chosen[live]
+                live = torch.ones_like(active, dtype=torch.bool)
+            seen.clear()
+            states = model.hidden(chosen[:, None], caches)[:, 0]
+            if record_routes:
+                routes[active, place[active] - 1] = torch.stack(seen, 1)
+    T = int(place.max())
+    routes = routes[:, :T] if record_routes else None
+    return Rollout(tokens[:, :T], mask[:, : T - 1], logp[:, : T - 1], ended, routes)
+
+
+def draw(
+    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """logits: (B, V) -> tokens (B,), ln of the probability that each was drawn with (B,)."""
+    if temperature > 0 and top_p == 1:
+        all_logp = (logits.float() / temperature).log_softmax(-1)
+        chosen = torch.multinomial(all_logp.exp(), 1, generator=generator)
+        return chosen[:, 0], all_logp.gather(1, chosen)[:, 0]
+    probs = mtp.probabilities(logits, temperature, top_p)
+    chosen = torch.multinomial(probs, 1, generator=generator)
+    return chosen[:, 0], probs.gather(1, chosen)[:, 0].log()
+
+
+def score(
+    model: base.DeepSeek, tokens: Tensor, mask: Tensor, temperature: float = 1.0,
+    routes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """ln π of tokens[:, 1:] (B, T − 1) where mask is True, else 0; and the mean entropy, in nats.
+
+    One pass over the whole of each row, as training has it. routes: of a Rollout, to follow them.
+    """
+    with replayed_routes(model, None if routes is None else routes[:, :-1]):
+        hidden = model.hidden(tokens[:, :-1])[mask]  # (drawn, D)
+    all_logp = (model.head(hidden).float() / temperature).log_softmax(-1)  # (drawn, V)
+    drawn = all_logp.gather(1, tokens[:, 1:][mask][:, None])[:, 0]
+    logp = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, drawn)
+    with torch.no_grad():
+        entropy = -(all_logp.exp() * all_logp).sum(-1).mean()
+    return logp, entropy
+
+
+# %% 4. Tasks and rewards ---------------------------------------------------------------------
+FORMAT = re.compile(r"<think>(.*?)</think>\s*<answer>(.*?)</answer>", re.DOTALL)
+
+
+def parse(response: str) -> tuple[str, str] | None:
+    """What stands in its think and in its answer tags; None if it has any other form."""
+    found = FORMAT.fullmatch(response.strip())
+    if found is None or any(tag in part for part in found.groups() for tag in TAGS):
+        return None
+    return found[1], found[2].strip()
+
+
+def format_reward(response: str) -> float:
+    """1 for <think>…</think><answer>…</answer> and nothing else ([2] §2.2.2)."""
+    return float(parse(response) is not None)
+
+
+def accuracy_reward(response: str, answer: str) -> float:
+    """1 for the right answer between answer tags: compared as text, for text must not be run."""
+    found = parse(response)
+    return float(found is not None and found[1] == answer)
+
+
+def language_reward(response: str, word: str = r"[A-Za-z]+") -> float:
+    """The share of the thoughts' words that are of the target language ([2] §2.3.2).
+
+    word: a regular expression of one. Numbers and signs are no words; no words at all: 1.
+    """
+    words = re.findall(r"[^\W\d_]+", (parse(response) or (response,))[0])
+    return sum(re.fullmatch(word, w) is not None for w in words) / len(words) if words else 1.0
+
+
+def overlong_penalty(length: int, limit: int, buffer: int) -> float:
+    """0 down to −1 over the last `buffer` tokens (DAPO, arXiv:2503.14476, eq. 13)."""
+    return -min(max(length - (limit - buffer), 0) / buffer, 1.0)
+
+
+class Problem(NamedTuple):
+    prompt: str
+    answer: str
+    held_out: bool = False
+
+
+class Task:
+    """What is asked, and what an answer is worth. Yours: a subclass with `problem`, in any file.
+
+    python 07_grpo.py --init FOLDER --task mine.py:Mine
+    """
+
+    max_new_tokens = 64
+
+    def problem(self, rng: random.Random, held_out: bool) -> Problem:
+        """A problem of one of two sets that share none; the same for the same rng."""
+        raise NotImplementedError
+
+    def correct(self, problem: Problem, response: str) -> bool:
+        return accuracy_reward(response, problem.answer) == 1
+
+    def reward(self, problem: Problem, response: str) -> float:
+        """By rules alone. The form counts a fifth: it leads to where answers are looked for."""
+        return self.correct(problem, response) + 0.2 * format_reward(response)
+
+
+class Clock(Task):
+    """Sums and differences of digits from left to right, modulo 100: 5-9+7= is 96, then 3.
+
+    Held out: a tenth of all problems, by a hash of the text. No single digit chain of 4 to 7 is
+    among the worked examples if it is held out; the steps they are made of are.
+    """
+
+    SIZES = 4, 7  # operands
+
+    def problem(self, rng: random.Random, held_out: bool, sizes=SIZES) -> Problem:
+        while True:
+            count = rng.randint(*sizes)
+            text = str(rng.randint(2, 9))
+            text += "".join(rng.choice("+-") + str(rng.randint(2, 9)) for _ in range(count - 1))
+            text += "="
+            hashed = zlib.crc32(text.encode()) % 10 == 0
+            if count < self.SIZES[0] or hashed == held_out:
+                return Problem(text, self.steps(text)[-1].partition("=")[2], held_out)
+
+    def steps(self, text: str) -> list[str]:
+        """5-9+7= -> 5-9=96, 96+7=3"""
+        numbers = re.findall(r"[+-]?\d", text)
+        value, steps = int(numbers[0]), []
+        for number in numbers[1:]:
+            fresh = (value + int(number)) % 100
+            steps.append(f"{value}{number}={fresh}")
+            value = fresh
+        return steps
+
+    def worked(self, problem: Problem) -> str:
+        thoughts = ",".join(self.steps(problem.prompt))
+        return f"<think>{thoughts}</think><answer>{problem.answer}</answer>"
+
+    def clean(self, rng: random.Random) -> tuple[str, str]:
+        """Stage 0: a problem, short ones too, worked out step by step."""
+        problem = self.problem(rng, False, (2, self.SIZES[1]))
+        return problem.prompt, self.worked(problem)
+
+    def cold(self, rng: random.Random) -> tuple[str, str]:
+        """The cold start: four of five answer at once; of the rest some are wrong; a fifth of all
+        has a broken form."""
+        problem = self.problem(rng, False)
+        response = f"<think></think><answer>{problem.answer}</answer>"
+        if rng.random() < 0.2:
+            response = self.worked(problem)
+            if rng.random() < 0.08:
+                cut = response.rindex("=") + 1
+                response = f"{response[:cut]}{rng.randrange(100)}{response[cut + 2 :]}"
+        if rng.random() < 0.2:
+            response = response.replace(rng.choice(TAGS), "", 1)
+        return problem.prompt, response
+
+
+class Countdown(Task):
+    """Make a target of four numbers, each used once, with + - * / and brackets."""
+
+    max_new_tokens = 256
+
+    def problem(self, rng: random.Random, held_out: bool) -> Problem:
+        while True:
+            numbers = [rng.randint(1, 25) for _ in range(4)]
+            text = str(numbers[0]) + "".join(rng.choice("+-*") + str(n) for n in numbers[1:])
+            target = calculate(text)
+            prompt = f"{' '.join(map(str, sorted(numbers)))} to {target}: "
+            if 0 < target < 100 and (zlib.crc32(prompt.encode()) % 10 == 0) == held_out:
+                return Problem(prompt, text, held_out)
+
+    def correct(self, problem: Problem, response: str) -> bool:
+        found = parse(response)
+        numbers, _, target = problem.prompt.rstrip(": ").partition(" to ")
+        used = sorted(map(int, re.findall(r"\d+", found[1] if found else "")))
+        return used == sorted(map(int, numbers.split())) and calculate(found[1]) == int(target)
+
+
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+
+
+def calculate(text: str) -> float | None:
+    """The value of numbers, + - * / and brackets; None for any other text. Never eval: a model's
+    text is not to be run."""
+    tokens = re.findall(r"\d+|[-+*/()]", text)
+    if "".join(tokens) != re.sub(r"\s", "", text) or len(tokens) > 99:
+        return None
+
+    def level(operators: str, operand: Callable) -> float:
+        value = operand()
+        while tokens and tokens[0] in operators:
+            sign = tokens.pop(0)
+            value = OPERATIONS[sign](value, operand())
+        return value
+
+    def atom() -> float:
+        token = tokens.pop(0)
+        if token != "(":
+            return int(token)
+        value = level("+-", lambda: level("*/", atom))
+        if tokens.pop(0) != ")":
+            raise ValueError
+        return value
+
+    try:
+        value = level("+-", lambda: level("*/", atom))
+        return None if tokens else value
+    except (IndexError, ValueError, ZeroDivisionError, RecursionError):
+        return None
+
+
+class Questions(Task):
+    """A .jsonl file of {"question": …, "answer": …}; what follows #### is the answer, as in GSM8K.
+
+    A tenth is held out, by a hash of the question.
+    """
+
+    max_new_tokens = 256
+
+    def __init__(self, path: Path):
+        sets: tuple[list, list] = [], []
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+                question, answer = str(entry["question"]), str(entry["answer"])
+            except (ValueError, KeyError, TypeError):
+                text = f'{path}, line {number}: want {{"question": "…", "answer": "…"}}'
+                raise ValueError(text) from None
+            answer = answer.rpartition("####")[2].strip().replace(",", "")
+            held_out = zlib.crc32(question.encode()) % 10 == 0
+            sets[held_out].append(Problem(question + "\n", answer, held_out))
+        if not all(sets):
+            raise ValueError(f"{path}: want questions in both sets, got {[len(s) for s in sets]}")
+        self.sets = sets
+
+    def problem(self, rng: random.Random, held_out: bool) -> Problem:
+        return rng.choice(self.sets[held_out])
+
+
+def load_task(name: str) -> Task:
+    """clock, countdown, a .jsonl of questions, or FILE.py:CLASS."""
+    known = {"clock": Clock, "countdown": Countdown}
+    if name in known:
+        return known[name]()
+    file, _, kind = name.partition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"--task {name}: want {', '.join(known)}, FILE.jsonl or FILE.py:CLASS")
+    if path.suffix == ".jsonl":
+        return Questions(path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    task = getattr(module, kind, None)
+    if not (isinstance(task, type) and hasattr(task, "problem") and hasattr(task, "reward")):
+        raise ValueError(f"--task {name}: {path} has no class {kind!r} with problem and reward")
+    return task()
+
+
+# %% 5. The model and its tokens --------------------------------------------------------------
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+TINY = base.DeepSeekConfig(
+    vocab_size=261, hidden_size=128, intermediate_size=256, moe_intermediate_size=64,
+    num_hidden_layers=3, first_k_dense_replace=1, num_attention_heads=4, q_lora_rank=None,
+    kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=8,
+    num_experts_per_tok=2, n_group=1, topk_group=1, routed_scaling_factor=1.0,
+    max_position_embeddings=512, initializer_range=0.05, bos_token_id=256, eos_token_id=256,
+)  # fmt: skip
+
+
+def byte_encoding() -> tiktoken.Encoding:
+    """256 bytes, the end of a text, and a token for each tag."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    special = {name: 256 + place for place, name in enumerate((base.END, *TAGS))}
+    return tiktoken.Encoding(
+        "bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special
+    )
+
+
+def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:
+    """Tags are tokens of their own where the vocabulary has them."""
+    return encoding.encode(text, allowed_special=encoding.special_tokens_set - {base.END})
+
+
+def encode_prompt(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
+    return [encoding.encode_single_token(base.END), *encode(encoding, prompt)]
+
+
+def decode_answers(encoding: tiktoken.Encoding, sampled: Rollout) -> list[str]:
+    end = encoding.encode_single_token(base.END)
+    return [encoding.decode([t for t in row if t != end]) for row in sampled.answers()]
+
+
+# %% 6. Training: by examples, then by rewards -------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Examples:
+    """How to train by examples: AdamW, the learning rate a cosine down to a tenth."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train by rewards; the learning rate falls in a line to `final` of itself."""
+
+    steps: int = 80
+    prompts: int = 32  # of a step
+    group: int = 8  # answers to each
+    learning_rate: float = 2e-4
+    warmup: int = 5  # steps
+    final: float = 0.1
+    updates: int = 2  # of each epoch over the answers
+    epochs: int = 1
+    advantages: str = "mean"  # or "std"
+    denominator: str = "constant"  # "sequence", "token"
+    clip: float = 0.2
+    clip_high: float | None = None
+    beta: float = 0.0  # of k3, to the policy as RL began
+    weigh_kl: bool = False
+    temperature: float = 1.0
+    overlong: str = "keep"  # or "mask": an answer that the limit has cut teaches nothing
+    replay: bool = False  # the routes of sampling
+    skip_ties: bool = True  # groups without an advantage are never read again
+
+    def __post_init__(self):
+        choices = {
+            "advantages": ("mean", "std"),
+            "denominator": ("constant", "sequence", "token"),
+            "overlong": ("keep", "mask"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is one of {known}, not {getattr(self, name)!r}")
+        if self.group < 2 or self.temperature < 1e-5:
+            got = f"{self.group}, {self.temperature}"
+            raise ValueError(f"want a group of 2 or more and a temperature above 0, got {got}")
+        for name in "steps", "prompts", "updates", "epochs", "learning_rate":
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+    def scale(self, step: int) -> float:
+        falling = 1 - (1 - self.final) * step / max(self.steps - 1, 1)
+        return min((step + 1) / self.warmup, 1.0) * falling if self.warmup else falling
+
+
+def make_optimizer(model: base.DeepSeek, learning_rate: float) -> torch.optim.AdamW:
+    fused = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
+    return torch.optim.AdamW(model.parameters(), learning_rate, **fused)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def run_stage(
+    model: base.DeepSeek, optimizer, encoding: tiktoken.Encoding, steps: int, folder: Path,
+    step: Callable[[int], dict], every: int = 20,
+) -> list[dict]:  # fmt: skip
+    """step(number) -> its metrics, `steps` times over, logged into `folder`, saved at every 20th.
+
+    What lies there already is gone on with. Ctrl-C, or a step that raises, saves first what there
+    is; a step must depend on its number alone, and not on what random numbers went before.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    run, state = base.Run(folder), {"step": 0, "seconds": 0.0}
+    if (folder / "checkpoint").exists() or (folder / "checkpoint.old").exists():
+        state = run.restore(model, optimizer)
+    run.forget_after(state["step"])
+    save = lambda: run.save(model, optimizer, encoding, state)
+    show = {"total": steps, "initial": state["step"], "unit": "step", "dynamic_ncols": True}
+    with tqdm(desc=folder.name, **show) as bar, base.interrupts() as interrupted:
+        while state["step"] < steps and not interrupted:
+            begin = time.perf_counter()
+            try:
+                metrics = step(state["step"])
+            except Exception:
+                save()
+                raise
+            state["step"] += 1
+            state["seconds"] += time.perf_counter() - begin
+            run.log(step=state["step"], seconds=state["seconds"], **metrics)
+            shown = [f"{key} {value:.3g}" for key, value in list(metrics.items())[:3]]
+            bar.set_postfix_str(", ".join(shown), refresh=False)
+            bar.update()
+            if state["step"] % every == 0 or state["step"] == steps or interrupted:
+                save()
+    if interrupted:
+        raise KeyboardInterrupt
+    return run.metrics()
+
+
+def train_examples(
+    model: base.DeepSeek, encoding: tiktoken.Encoding, example: Callable[[random.Random], tuple],
+    recipe: Examples, folder: Path, seed: int = 0,
+) -> list[dict]:  # fmt: skip
+    """Supervised fine-tuning on example(rng) -> (prompt, response): the loss of responses alone."""
+    optimizer = make_optimizer(model, recipe.learning_rate)
+    device, end = model.lm_head.weight.device, encoding.encode_single_token(base.END)
+
+    def step(number: int) -> dict:
+        rng = random.Random(f"{seed} {folder.name} {number}")
+        pairs = [example(rng) for _ in range(recipe.batch_size)]
+        prompts = [encode_prompt(encoding, prompt) for prompt, _ in pairs]
+        rows = [p + encode(encoding, r) + [end] for p, (_, r) in zip(prompts, pairs, strict=True)]
+        tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+        labels = torch.full_like(tokens, -100)
+        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            tokens[i, : len(row)] = torch.tensor(row)
+            labels[i, len(prompt) : len(row)] = tokens[i, len(prompt) : len(row)]
+        tokens, labels = tokens.to(device), labels.to(device)
+        loss = model.loss(tokens[:, :-1], labels[:, 1:])
+        balance = sum(mixture.balance_loss for mixture in model.mixtures())
+        (loss + 1e-4 * balance).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        share = 0.55 + 0.45 * math.cos(math.pi * number / recipe.steps)
+        set_rate(optimizer, recipe.learning_rate * share * min(1.0, (number + 1) / 20))
+        optimizer.step()
+        optimizer.zero_grad()
+        for mixture in model.mixtures():
+            if mixture.gate.e_score_correction_bias is not None:
+                mixture.gate.update_bias(mixture.load, 1e-3 * share)
+        return {"loss": loss.item()}
+
+    model.train()
+    return run_stage(model, optimizer, encoding, recipe.steps, folder, step, every=200)
+
+
+Reward = Callable[[list[Problem], list[str]], Sequence[float]]
+
+
+def checked_rewards(reward: Reward, problems: list[Problem], responses: list[str]) -> Tensor:
+    """A finite number for each -> (B,) fp32, or a ValueError that names the prompt."""
+    try:
+        rewards = [float(value) for value in reward(problems, responses)]
+    except Exception as error:
+        for problem, response in zip(problems, responses, strict=True):  # which one was it?
+            try:
+                reward([problem], [response])
+            except Exception:
+                text = f"the reward of prompt {problem.prompt!r}, response {response!r} raises"
+                raise ValueError(f"{text} {error!r}") from error
+        raise
+    if len(rewards) != len(problems):
+        raise ValueError(
+            f"{len(rewards)} rewards for {len(problems)} responses, the first to prompt "
+            f"{problems[0].prompt!r}"
+        )
+    for problem, response, value in zip(problems, responses, rewards, strict=True):
+        if not math.isfinite(value):
+            text = f"the reward of prompt {problem.prompt!r}, response {response!r} is {value}"
+            raise ValueError(text)
+    return torch.tensor(rewards)
+
+
+def packs(lengths: Tensor, budget: int = 4096) -> Iterator[Tensor]:
+    """Rows of like length together: indices whose rows, padded to the longest, fit the budget."""
+    order = lengths.argsort(descending=True)
+    while len(order):
+        size = max(1, budget // int(lengths[order[0]]))
+        yield order[:size]
+        order = order[size:]
+
+
+def denominators(mask: Tensor, kind: str, limit: int) -> Tensor:
+    """mask: (B, T) of a whole batch -> what `grpo_loss` divides each row by, (B,)."""
+    B, tokens = len(mask), mask.sum(1)
+    if kind == "constant":
+        return torch.full((B,), float(B * limit), device=mask.device)
+    return (B * tokens if kind == "sequence" else tokens.sum().expand(B)).clamp(min=1).float()
+
+
+def update(
+    model: base.DeepSeek, optimizer, sampled: Rollout, advantages: Tensor, recipe: Recipe,
+    limit: int, generator: torch.Generator, reference: base.DeepSeek | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """One rollout's updates -> metrics. advantages: (B,); limit: the longest answer, in tokens.
+
+    What the sampler says of its tokens stands for the old policy: it is the one that drew them, so
+    no pass is spent on it, and the first update's ratios are 1 but for rounding (see "gap").
+    """
+    device, mask = sampled.tokens.device, sampled.mask
+    if recipe.overlong == "mask":
+        mask = mask & sampled.ended[:, None]
+    lengths = mask.shape[1] - mask.flip(1).int().argmax(1) + 1  # up to the last that was drawn
+    counts = {"clipped": 0.0, "kl": 0.0, "entropy": 0.0, "gap": 0.0}
+    passes = tokens = 0
+    for _ in range(recipe.epochs):
+        shuffled = torch.randperm(len(mask), generator=generator).to(device)
+        for part in shuffled.chunk(recipe.updates):
+            divisor = denominators(mask[part], recipe.denominator, limit)  # of all that were drawn
+            used = mask[part].any(1)
+            if recipe.skip_ties and not recipe.beta:
+                used = used & (advantages[part] != 0)
+            part, divisor = part[used], divisor[used]
+            for chunk in packs(lengths[part]):
+                rows, T = part[chunk], int(lengths[part[chunk]].max())
+                drawn, old = mask[rows, : T - 1], sampled.logp[rows, : T - 1]
+                routes = sampled.routes[rows, :T] if recipe.replay else None
+                arguments = sampled.tokens[rows, :T], drawn, recipe.temperature, routes
+                ref_logp = None
+                if reference is not None:
+                    with torch.no_grad():
+                        ref_logp, _ = score(reference, *arguments)
+                logp, entropy = score(model, *arguments)
+                loss, stats = grpo_loss(
+                    logp, old, advantages[rows], drawn, divisor[chunk], recipe.clip,
+                    recipe.clip_high, recipe.beta, ref_logp, recipe.weigh_kl,
+                )  # fmt: skip
+                loss.backward()
+                if passes == 0:
+                    counts["gap"] = max(counts["gap"], (logp - old).abs().max().item())
+                n = int(drawn.sum())
+                tokens += n
+                for key, value in {**stats, "entropy": entropy.item()}.items():
+                    counts[key] += value * n
+            passes += 1
+            if len(part):
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+    means = {key: counts[key] / max(tokens, 1) for key in ("clipped", "kl", "entropy")}
+    return {**means, "gap": counts["gap"]}
+
+
+def train_grpo(
+    model: base.DeepSeek, encoding: tiktoken.Encoding, task: Task, recipe: Recipe, folder: Path,
+    seed: int = 0, reward: Reward | None = None,
+) -> list[dict]:  # fmt: skip
+    """GRPO in place, logged and saved into `folder`, gone on with if it holds a part of it.
+
+    reward: (problems, responses) -> a number for each; None: the task's. ValueError names the
+    prompt whose reward raises or is no finite number; the policy is saved first. The routers' bias
+    stays as it is: a batch of 32 prompts is no picture of the load, and moving it would send the
+    tokens that were just sampled to other experts.
+    """
+    reward = reward or (lambda problems, texts: list(map(task.reward, problems, texts)))
+    optimizer = make_optimizer(model, recipe.learning_rate)
+    reference = copy.deepcopy(model).requires_grad_(False) if recipe.beta else None
+    device, end = model.lm_head.weight.device, encoding.encode_single_token(base.END)
+
+    def step(number: int) -> dict:
+        rng = random.Random(f"{seed} {folder.name} {number}")
+        generator = torch.Generator(device).manual_seed(rng.getrandbits(32))
+        shuffler = torch.Generator().manual_seed(rng.getrandbits(32))
+        problems = [task.problem(rng, held_out=False) for _ in range(recipe.prompts)]
+        prompts = [encode_prompt(encoding, problem.prompt) for problem in problems]
+        begin = time.perf_counter()
+        sampled = rollout(
+            model, prompts, task.max_new_tokens, recipe.group, recipe.temperature,
+            eos_token_id=end, generator=generator, record_routes=recipe.replay,
+        )  # fmt: skip
+        rollout_seconds = time.perf_counter() - begin
+        texts = decode_answers(encoding, sampled)
+        asked = [problem for problem in problems for _ in range(recipe.group)]
+        rewards = checked_rewards(reward, asked, texts).view(-1, recipe.group)
+        advantages = group_advantages(rewards, recipe.advantages).flatten().to(device)
+        set_rate(optimizer, recipe.learning_rate * recipe.scale(number))
+        metrics = update(
+            model, optimizer, sampled, advantages, recipe, task.max_new_tokens, shuffler, reference
+        )
+        return {
+            "accuracy": statistics.fmean(map(task.correct, asked, texts)),
+            "length": sampled.mask.sum().item() / len(texts),
+            "reward": rewards.mean().item(),
+            "format": statistics.fmean(map(format_reward, texts)),
+            "thinks": statistics.fmean(bool((parse(text) or " ")[0].strip()) for text in texts),
+            "cut": 1 - sampled.ended.float().mean().item(),
+            "tied": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+            "rollout_seconds": rollout_seconds,
+            **metrics,
+        }
+
+    model.eval()  # as it samples; there is no dropout, and no balance loss is wanted
+    return run_stage(model, optimizer, encoding, recipe.steps, folder, step)
+
+
+# %% 7. What it has learnt ---------------------------------------------------------------------
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """1 − C(n − c, k) / C(n, k): is one of k right, from n of which c are (arXiv:2107.03374)?"""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def evaluate(
+    model: base.DeepSeek, encoding: tiktoken.Encoding, task: Task, problems: int = 256,
+    samples: int = 8, seed: int = 777,
+) -> dict[str, float]:  # fmt: skip
+    """Held-out problems, always the same ones: T = 1, `samples` answers to each, and greedy."""
+    model.eval()
+    rng = random.Random(seed)
+    asked = [task.problem(rng, held_out=True) for _ in range(problems)]
+    prompts = [encode_prompt(encoding, problem.prompt) for problem in asked]
+    end = encoding.encode_single_token(base.END)
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    drawn = rollout(
+        model, prompts, task.max_new_tokens, samples, eos_token_id=end, generator=generator
+    )
+    texts = decode_answers(encoding, drawn)
+    right = [task.correct(asked[i // samples], text) for i, text in enumerate(texts)]
+    counts = np.array(right).reshape(problems, samples).sum(1)
+    result = {
+        f"pass_at_{k}": statistics.fmean(pass_at_k(samples, int(c), k) for c in counts)
+        for k in (1, 4, 8)
+        if k <= samples
+    }
+    greedy = rollout(model, prompts, task.max_new_tokens, temperature=0, eos_token_id=end)
+    greedy_texts = decode_answers(encoding, greedy)
+    return result | {
+        "error": float(np.std(counts / samples) / math.sqrt(problems)),  # standard, of pass_at_1
+        "greedy": statistics.fmean(map(task.correct, asked, greedy_texts)),
+        "format": statistics.fmean(map(format_reward, texts)),
+        "thinks": statistics.fmean(bool((parse(text) or " ")[0].strip()) for text in texts),
+        "length": drawn.mask.sum().item() / len(texts),
+    }
+
+
+def transcript(model: base.DeepSeek, encoding: tiktoken.Encoding, task: Task, seed: int) -> str:
+    """One held-out problem and one answer, drawn at T = 1."""
+    problem = task.problem(random.Random(seed), held_out=True)
+    prompt, end = encode_prompt(encoding, problem.prompt), encoding.encode_single_token(base.END)
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    sampled = rollout(model, [prompt], task.max_new_tokens, eos_token_id=end, generator=generator)
+    return problem.prompt + decode_answers(encoding, sampled)[0]
+
+
+# %% 8. Is it right? ---------------------------------------------------------------------------
+
+
+def verify_equations() -> None:
+    """The loss beside its loops, and hand-worked advantages."""
+    torch.manual_seed(0)
+    B, T, lengths = 4, 6, [6, 3, 1, 4]
+    logp, old, ref = torch.randn(3, B, T, dtype=torch.float64) * 0.4 - 1
+    advantages = torch.tensor([1.5, -0.5, 0.7, -1.7], dtype=torch.float64)
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+    got, _ = grpo_loss(logp, old, advantages, mask, "sequence", 0.2, 0.28, 0.04, ref)
+    rows = [t.tolist() for t in (logp, old, advantages)]
+    want = reference_loss(*rows, lengths, 0.2, 0.28, 0.04, ref.tolist())
+    want = torch.tensor(want, dtype=torch.float64)
+    check("grpo_loss = equation 3 by loops", got, want, 1e-12)
+    got = group_advantages(torch.tensor([[1.0, 0, 0, 0], [1.2, 1.2, 1.2, 1.2]]))
+    want = torch.tensor([[1.5, -0.5, -0.5, -0.5], [0, 0, 0, 0]])
+    check("advantages of 1 0 0 0, and of a tie", got, want, 1e-6)
+    p = torch.randn(7, dtype=torch.float64).requires_grad_()
+    p_logp, q_logp = p.log_softmax(0), torch.randn(7, dtype=torch.float64).log_softmax(0)
+    weights = p_logp.exp().detach()
+    ratio = (p_logp - p_logp.detach()).exp()
+    [k3] = torch.autograd.grad((weights * kl_k3(p_logp, q_logp)).sum(), p, retain_graph=True)
+    [k3_weighed] = torch.autograd.grad(
+        (weights * ratio * kl_k3(p_logp, q_logp)).sum(), p, retain_graph=True
+    )
+    forward = (q_logp.exp() * (q_logp - p_logp)).sum()
+    backward = (p_logp.exp() * (p_logp - q_logp)).sum()
+    for text, got, kl in (
+        ("gradient of k3 = that of KL(ref ‖ π)", k3, forward),
+        ("gradient of ratio·k3 = that of KL(π ‖ ref)", k3_weighed, backward),
+    ):
+        [want] = torch.autograd.grad(kl, p, retain_graph=True)
+        check(text, got, want, 1e-12)
+
+
+def verify_sampler(model: base.DeepSeek, encoding: tiktoken.Encoding, task: Task) -> None:
+    """What the sampler says it drew from is what the trainer scores; a cache changes nothing."""
+    rng, end = random.Random(1), encoding.encode_single_token(base.END)
+    prompts = [encode_prompt(encoding, task.problem(rng, True).prompt) for _ in range(16)]
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(1)
+    sampled = rollout(
+        model, prompts, task.max_new_tokens, 4, eos_token_id=end, generator=generator,
+        record_routes=True,
+    )  # fmt: skip
+    with torch.no_grad(), watched_routes(model) as seen:
+        logp, _ = score(model, sampled.tokens, sampled.mask)
+    check("sampler's ln π = trainer's", sampled.logp, logp, 1e-4)  # fp32
+    kept = sampled.routes[:, :-1][sampled.mask].sort(-1).values  # (drawn, mixtures, K)
+    again = torch.stack(seen, 1).unflatten(0, sampled.mask.shape)[sampled.mask].sort(-1).values
+    other = (kept != again).any(-1).any(-1).float().mean().item()
+    measure("routed_elsewhere", other, "share of tokens, trainer beside sampler, in fp32")
+    device = sampled.tokens.device
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, torch.bfloat16),
+        watched_routes(model) as seen,
+    ):
+        logp, _ = score(model, sampled.tokens, sampled.mask)
+    again = torch.stack(seen, 1).unflatten(0, sampled.mask.shape)[sampled.mask].sort(-1).values
+    other = (kept != again).any(-1).any(-1).float().mean().item()
+    gap = (logp - sampled.logp).abs().max().item()
+    measure("bf16_gap", gap, f"nats at most, a trainer in bf16; {other:.1%} routed elsewhere")
+    greedy = rollout(model, prompts, task.max_new_tokens, temperature=0, eos_token_id=end)
+    uncached = without_cache(model, prompts, task.max_new_tokens, end)
+    same = sum(a == b for a, b in zip(greedy.answers(), uncached, strict=True))
+    check("greedy answers, cached = uncached", torch.tensor(same), torch.tensor(len(prompts)), 0)
+
+
+@torch.no_grad()
+def without_cache(model, prompts: list, max_new_tokens: int, end: int) -> list[list[int]]:
+    """Greedy, the whole text read again for every token; a row that has ended leaves."""
+    rows, done = [list(prompt) for prompt in prompts], [False] * len(prompts)
+    device = model.lm_head.weight.device
+    for _ in range(max_new_tokens):
+        going = [i for i, finished in enumerate(done) if not finished]
+        if not going:
+            break
+        longest = max(len(rows[i]) for i in going)
+        tokens = torch.zeros(len(going), longest, dtype=torch.int64)
+        for j, i in enumerate(going):
+            tokens[j, : len(rows[i])] = torch.tensor(rows[i])
+        last = torch.tensor([len(rows[i]) - 1 for i in going])
+        hidden = model.hidden(tokens.to(device))[torch.arange(len(going)), last]
+        for i, token in zip(going, model.head(hidden).argmax(-1).tolist(), strict=True):
+            rows[i].append(token)
+            done[i] = token == end
+    return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+
+
+# R1-Zero, figures 2 and 3 of [2], read off by eye: step, AIME pass@1
+R1_ZERO = [(0, 0.156), (2000, 0.40), (4000, 0.53), (6000, 0.62), (8000, 0.69), (10400, 0.71)]
+
+
+def draw_curves(metrics: list[dict], ceiling: float, out: Path) -> None:
+    """Accuracy and share that thinks; length; entropy and clipping, over the steps of RL."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    steps = [entry["step"] for entry in metrics]
+    curve = lambda key: [entry[key] for entry in metrics]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    left.plot(steps, curve("accuracy"), label="right answers")
+    left.plot(steps, curve("thinks"), label="answers with thoughts", alpha=0.6)
+    left.plot(steps, curve("format"), label="right form", alpha=0.6, lw=0.8)
+    left.axhline(ceiling, ls="--", lw=0.8, color="gray")
+    left.annotate("before the cold start hid it", (steps[-1], ceiling), ha="right", color="gray")
+    left.set(xlabel="step", ylabel="share of a batch, T = 1", ylim=(0, 1.08))
+    left.set_title("Rewards alone bring the thinking back")
+    left.legend(loc="lower center")
+    inset = left.inset_axes((0.62, 0.3, 0.35, 0.3))
+    inset.plot(*zip(*R1_ZERO, strict=True), ".-", lw=0.8, color="tab:red")
+    inset.set_title("R1-Zero, AIME 2024", fontsize=7)
+    inset.tick_params(labelsize=6)
+    middle.plot(steps, curve("length"), color="tab:green")
+    middle.set(xlabel="step", ylabel="tokens of an answer", ylim=(0, None))
+    middle.set_title("Answers grow as long as the thoughts they need")
+    right.plot(steps, curve("entropy"), label="entropy, nats a token")
+    right.plot(steps, curve("tied"), label="groups without an advantage", alpha=0.6)
+    if any(curve("kl")):
+        right.plot(steps, curve("kl"), label="k3 to the start, nats a token")
+    right.set(xlabel="step", ylim=(0, None))
+    right.set_title("The policy makes up its mind")
+    right.legend()
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+# %% 9. How fast? ------------------------------------------------------------------------------
+
+
+def bench(model: base.DeepSeek, encoding: tiktoken.Encoding, task: Task) -> None:
+    """Greedy answers with the latent cache and without, interleaved."""
+    rng, end = random.Random(2), encoding.encode_single_token(base.END)
+    prompts = [encode_prompt(encoding, task.problem(rng, False).prompt) for _ in range(256)]
+    ways = {
+        "cached": lambda: rollout(
+            model, prompts, task.max_new_tokens, temperature=0, eos_token_id=end
+        ).answers(),
+        "uncached": lambda: without_cache(model, prompts, task.max_new_tokens, end),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(8):
+        for name, way in ways.items():
+            begin = time.perf_counter()
+            answers = way()
+            times[name].append(time.perf_counter() - begin)
+    seconds = {name: statistics.median(values[1:]) for name, values in times.items()}
+    length = statistics.fmean(map(len, answers))
+    text = f"greedy, 256 prompts, {length:.0f} tokens on average"
+    measure("answers_per_second", 256 / seconds["cached"], text)
+    measure("cache_speedup", seconds["uncached"] / seconds["cached"], "x, whole text read again")
+
+
+# %% Exercises ---------------------------------------------------------------------------------
+# 1. Break it: multiply learning_rate by five. Length, form and thinking rise as before; what
+#    doesn't, and which curve would have told you?
+# 2. Reward the answer's digits anywhere in the response instead of between the tags. What does the
+#    policy find, and how many steps does it need? (benchmarks/grpo.py hack)
+# 3. Detach logp, and pass it for old_logp too (`grpo_loss(logp, logp.detach(), …)`), with two
+#    updates a batch. Why does the ratio never leave 1, and what is lost?
+
+
+# %% Main --------------------------------------------------------------------------------------
+STAGES = {"worked": Examples(900, 32, 2e-3), "cold": Examples(150, 64, 5e-4)}
+
+
+def arguments() -> argparse.Namespace:
+    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add = cli.add_argument
+    add("--task", default="clock", help="clock, countdown, FILE.jsonl, FILE.py:CLASS (%(default)s)")
+    add("--init", type=Path, metavar="FOLDER", help="a checkpoint to reward, instead of our own")
+    add("--steps", type=int, help=f"of GRPO, instead of {Recipe.steps}")
+    add("--resume", type=Path, metavar="RUN", help="go on in the folder of a run that was stopped")
+    add("--quick", action="store_true", help="a few steps of each stage: does everything work?")
+    add("--device", default=default, help="cpu, cuda, cuda:1, … (%(default)s)")
+    add("--seed", type=int, default=0, help="of weights, problems and answers (%(default)s)")
+    add("--bench", action="store_true", help="also time sampling, with a cache and without")
+    add("--out", type=Path, default=Path("runs"), help="folder of the runs (%(default)s/)")
+    args = cli.parse_args()
+    if args.steps is not None and args.steps < 1:
+        cli.error(f"--steps must be positive, got {args.steps}")
+    return args
+
+
+def begin_run(args: argparse.Namespace) -> Path:
+    """A new folder with run.json, or the one to resume, whose settings are kept."""
+    if args.resume:
+        try:
+            entry = json.loads((args.resume / "run.json").read_text())
+            for key in "task", "init", "steps", "quick", "seed":
+                setattr(args, key, entry[key])
+            args.init = args.init and Path(args.init)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"--resume {args.resume} is no folder of a run: {error!r}") from None
+        return args.resume
+    names = itertools.chain(["grpo"], (f"grpo-{n}" for n in itertools.count(2)))
+    folder = next(args.out / name for name in names if not (args.out / name).exists())
+    folder.mkdir(parents=True)
+    entry = {
+        "command": shlex.join(["python", "07_grpo.py", *sys.argv[1:]]),
+        "commit": base.commit(),
+        **{key: getattr(args, key) for key in ("task", "steps", "quick", "seed", "device")},
+        "init": args.init and str(args.init),
+    }
+    (folder / "run.json").write_text(json.dumps(entry, indent=1) + "\n")
+    return folder
+
+
+def begin_model(args: argparse.Namespace) -> tuple[base.DeepSeek, tiktoken.Encoding]:
+    if args.init is None:
+        return base.DeepSeek(TINY).to(args.device), byte_encoding()
+    model = base.DeepSeek.from_pretrained(args.init, args.device, torch.float32, with_mtp=False)
+    return model, base.load_encoding(args.init / "encoding.json")
+
+
+def lesson(args: argparse.Namespace) -> None:
+    begin = time.perf_counter()
+    task = load_task(args.task)
+    try:
+        torch.zeros(1, device=args.device).item()
+    except Exception as error:  # each backend raises a type of its own
+        reason = str(error).splitlines()[0][:100]
+        raise ValueError(f"cannot run on --device {args.device}: {reason}") from None
+    if args.init is None and not hasattr(task, "clean"):
+        raise ValueError(f"--task {args.task} has no worked examples: want --init FOLDER")
+    folder = begin_run(args)
+    torch.manual_seed(args.seed)
+    model, encoding = begin_model(args)
+    recipe = replace(Recipe(), steps=args.steps) if args.steps else Recipe()
+    stages, problems = STAGES, 256
+    if args.quick:
+        stages = {name: replace(stage, steps=4) for name, stage in STAGES.items()}
+        recipe, problems = replace(recipe, steps=2, prompts=4, group=4), 8
+    verify_equations()
+    print(f"run      {folder}   {sum(p.numel() for p in model.parameters()):,} parameters")
+    look = lambda: evaluate(model, encoding, task, problems)
+    ceiling = None
+    if args.init is None:
+        train_examples(model, encoding, task.clean, stages["worked"], folder / "worked", args.seed)
+        ceiling = look()
+        train_examples(model, encoding, task.cold, stages["cold"], folder / "cold", args.seed)
+    before, said_before = look(), transcript(model, encoding, task, args.seed)
+    metrics = train_grpo(model, encoding, task, recipe, folder / "rl", args.seed)
+    after, said_after = look(), transcript(model, encoding, task, args.seed)
+    verify_sampler(model, encoding, task)
+    report(before, after, ceiling, metrics, recipe, problems)
+    measure("seconds", time.perf_counter() - begin, "s in all")
+    draw_curves(metrics, (ceiling or after)["pass_at_1"], folder / "curves.png")
+    print(f"figure   {folder / 'curves.png'}")
+    print(f"before   {said_before!r}\nafter    {said_after!r}")
+    if args.bench:
+        bench(model, encoding, task)
+
+
+def report(before, after, ceiling, metrics, recipe: Recipe, problems: int) -> None:
+    set_ = f"{problems} held-out problems"
+    if ceiling:
+        measure(
+            "ceiling", ceiling["pass_at_1"], "pass@1 after worked examples, before the cold start"
+        )
+        measure("ceiling_greedy", ceiling["greedy"])
+    measure("pass_at_1_before", before["pass_at_1"], f"T = 1, {set_}, ±{before['error']:.3f}")
+    measure(
+        "pass_at_1_after",
+        after["pass_at_1"],
+        f"±{after['error']:.3f}   R1-Zero, AIME: 0.156 -> 0.710",
+    )
+    for k in 4, 8:
+        text = f"after {after[f'pass_at_{k}']:.3f}"
+        measure(f"pass_at_{k}_before", before[f"pass_at_{k}"], text)
+    measure("greedy_before", before["greedy"])
+    measure("greedy_after", after["greedy"])
+    measure("format_after", after["format"], f"before {before['format']:.3f}")
+    measure("thinks_after", after["thinks"], f"before {before['thinks']:.3f}")
+    text = f"x, from {before['length']:.1f} to {after['length']:.1f} tokens"
+    measure("length_ratio", after["length"] / before["length"], text)
+    gap = max(entry["gap"] for entry in metrics)
+    measure("worst_gap", gap, "nats, ln π of sampler and trainer, of all steps")
+    count = recipe.prompts * recipe.group * len(metrics)
+    seconds, sampling = metrics[-1]["seconds"], sum(e["rollout_seconds"] for e in metrics)
+    text = f"update included; sampling is {sampling / seconds:.0%} of the time"
+    measure("completions_per_second", count / seconds, text)
+
+
+def main() -> None:
+    args = arguments()
+    try:
+        lesson(args)
+    except (ValueError, OSError) as error:
+        print(f"07_grpo.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped  saved; go on with: python 07_grpo.py --resume RUN")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
