@@ -165,6 +165,10 @@ class KVCache:
             raise ValueError(f"cannot keep {kept.tolist()} tokens of {self.lengths.tolist()}")
         self.lengths, self.used = kept.to(torch.int64, copy=True), int(kept.max())
 
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows, (B',) indices that may repeat, or a mask (B,)."""
+        self.k, self.v, self.lengths = self.k[rows], self.v[rows], self.lengths[rows]
+
 
 class GroupedQueryAttention(nn.Module):
     """Causal attention with H query heads on G heads of keys and values, H/G on each.

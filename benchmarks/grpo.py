@@ -1,0 +1,438 @@
+r"""What GRPO does on other seeds, for longer, in variants, with a leaky reward, and beside TRL.
+
+    seeds     the chapter's run from nothing: before, after, and the ceiling
+    variants  std or mean, KL, clip-higher, token or sequence mean, four epochs, five times the rate
+    stable    500 steps: does it decay behind its peak?
+    beyond    a weak base that always thinks: rewards beside more examples and rejection sampling
+    hack      a reward that looks for the answer anywhere; what the policy finds; the fix
+    r1        R1's four stages, and a dense model that learns from the result or from rewards alone
+    trl       completions a second beside TRL's GRPOTrainer, same weights, update included
+
+Each run has one thread; as many run at a time as there are cores. Intervals are over seeds: the
+mean plus or minus the standard deviation.
+
+Run:  python benchmarks/grpo.py seeds          20 minutes on two CPU cores
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+chapter = import_module("07_grpo")
+attn = import_module("01_attention")  # GroupedQueryAttention, KVCache
+base, measure = chapter.base, chapter.measure
+Recipe, Examples = chapter.Recipe, chapter.Examples
+TASK, ENCODING = chapter.Clock(), chapter.byte_encoding()
+VARIANTS = {
+    "default": {},
+    "std": {"advantages": "std"},
+    "kl": {"beta": 0.04},
+    "kl_weighed": {"beta": 0.04, "weigh_kl": True},
+    "clip_high": {"clip_high": 0.28},
+    "token_mean": {"denominator": "token"},
+    "sequence_mean": {"denominator": "sequence"},
+    "4_epochs": {"epochs": 4},
+    "4_epochs_clip_high": {"epochs": 4, "clip_high": 0.28},
+    "rate_x5": {"learning_rate": 1e-3},
+}
+
+
+def quietly(function: Callable, *arguments):
+    """No progress bars: several would write over one another."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return function(*arguments)
+
+
+def look(model, seed: int = 777) -> dict:
+    return chapter.evaluate(model, ENCODING, TASK, seed=seed)
+
+
+def examples(model, example: Callable, recipe: Examples, seed: int, name: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        chapter.train_examples(model, ENCODING, example, recipe, Path(folder) / name, seed)
+
+
+def rewarded(model, recipe: Recipe, seed: int, reward=None) -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ENCODING, TASK, recipe, Path(folder) / "rl", seed, reward
+        return chapter.train_grpo(model, *arguments)
+
+
+def base_of(seed: int, store: Path, worked: int = chapter.STAGES["worked"].steps):
+    """The models of the chapter's first two stages, kept in `store`: worked, and cold-started."""
+    torch.set_num_threads(1)
+    folders = [store / f"worked-{worked}-{seed}", store / f"cold-{worked}-{seed}"]
+    if not (folders[1] / "config.json").exists():
+        torch.manual_seed(seed)
+        model = base.DeepSeek(chapter.TINY)
+        recipe = replace(chapter.STAGES["worked"], steps=worked)
+        examples(model, TASK.clean, recipe, seed, "worked")
+        model.save_pretrained(folders[0])
+        examples(model, TASK.cold, chapter.STAGES["cold"], seed, "cold")
+        model.save_pretrained(folders[1])
+    return [base.DeepSeek.from_pretrained(folder) for folder in folders]
+
+
+def seeds(seed: int, store: Path, steps: int) -> dict:
+    worked, model = base_of(seed, store)
+    ceiling, before = look(worked), look(model)
+    metrics = rewarded(model, Recipe(steps=steps), seed)
+    fresh = look(model, seed=1000 + seed)  # problems that no one has looked at before
+    return {"ceiling": ceiling, "before": before, "after": look(model), "fresh": fresh,
+            "metrics": metrics}  # fmt: skip
+
+
+def variant(job: tuple[str, int], store: Path, steps: int) -> dict:
+    name, seed = job
+    _, model = base_of(seed, store)
+    metrics = rewarded(model, Recipe(steps=steps, **VARIANTS[name]), seed)
+    return {"after": look(model), "metrics": metrics}
+
+
+def report_seeds(runs: dict[int, dict]) -> None:
+    for seed, run in runs.items():
+        before, after, ceiling, fresh = (run[k] for k in ("before", "after", "ceiling", "fresh"))
+        text = f"from {before['pass_at_1']:.3f}; ceiling {ceiling['pass_at_1']:.3f}; "
+        text += f"fresh problems {fresh['pass_at_1']:.3f}"
+        measure(f"pass_at_1_seed_{seed}", after["pass_at_1"], text)
+        text = f"format {after['format']:.4f}, pass@8 before {before['pass_at_8']:.3f}, "
+        text += f"length x{after['length'] / before['length']:.2f}"
+        measure(f"greedy_seed_{seed}", after["greedy"], text)
+    for key, stage in ("before", "before"), ("after", "after"), ("ceiling", "ceiling"):
+        spread(f"pass_at_1_{key}", [run[stage]["pass_at_1"] for run in runs.values()])
+    spread("pass_at_1_fresh", [run["fresh"]["pass_at_1"] for run in runs.values()])
+    spread("greedy_after", [run["after"]["greedy"] for run in runs.values()])
+
+
+def spread(name: str, values: list[float], text: str = "") -> None:
+    shown = ", ".join(f"{value:.3f}" for value in values)
+    deviation = f"± {statistics.stdev(values):.3f}, " if len(values) > 1 else ""
+    measure(name, statistics.fmean(values), f"{deviation}seed by seed {shown} {text}".rstrip())
+
+
+def report_variants(runs: dict[tuple, dict]) -> None:
+    for name in dict.fromkeys(name for name, _ in runs):
+        mine = [run for (other, _), run in runs.items() if other == name]
+        length = statistics.fmean(run["after"]["length"] for run in mine)
+        step = [next((e["step"] for e in r["metrics"] if e["accuracy"] >= 0.8), 0) for r in mine]
+        text = f"length {length:.1f}, first batch of 0.8 at step {step}"
+        spread(f"pass_at_1_{name}", [run["after"]["pass_at_1"] for run in mine], text)
+
+
+def report_stable(runs: dict[tuple, dict]) -> None:
+    for (name, seed), run in runs.items():
+        accuracy = [entry["accuracy"] for entry in run["metrics"]]
+        windows = [statistics.fmean(accuracy[i : i + 50]) for i in range(len(accuracy) - 49)]
+        last, best = windows[-1], max(windows)
+        text = f"mean of the last 50 of {len(accuracy)} steps; best 50: {best:.3f}; "
+        text += f"held out {run['after']['pass_at_1']:.3f}, greedy {run['after']['greedy']:.3f}"
+        measure(f"last_50_{name}_seed_{seed}", last, text)
+        measure(f"decay_{name}_seed_{seed}", best - last)
+
+
+# A weak base, and three ways to make it better ------------------------------------------------
+WEAK = 560  # steps of worked examples; the chapter has 900
+
+
+def collect(model, seed: int, problems: int, samples: int, task=TASK) -> list[tuple[str, str]]:
+    """Rejection sampling: the model's own right answers to training problems, one for each."""
+    rng = random.Random(f"collect {seed}")
+    asked = [task.problem(rng, held_out=False) for _ in range(problems)]
+    prompts = [chapter.encode_prompt(ENCODING, problem.prompt) for problem in asked]
+    end = ENCODING.encode_single_token(base.END)
+    generator = torch.Generator().manual_seed(seed)
+    kept = []
+    for start in range(0, problems, 128):
+        sampled = chapter.rollout(
+            model, prompts[start : start + 128], task.max_new_tokens, samples, eos_token_id=end,
+            generator=generator,
+        )  # fmt: skip
+        texts = chapter.decode_answers(ENCODING, sampled)
+        for i, problem in enumerate(asked[start : start + 128]):
+            right = [t for t in texts[i * samples :][:samples] if task.correct(problem, t)]
+            kept += [(problem.prompt, right[0])] if right else []
+    return kept
+
+
+def beyond(job: tuple[str, int], store: Path, steps: int) -> dict:
+    """Equal time: what `steps` of rewards take is given to more examples, and to own ones."""
+    name, seed = job
+    model, _ = base_of(seed, store, WEAK)
+    ceiling = look(model)
+    begin = time.process_time()
+    metrics = rewarded(model, Recipe(steps=steps), seed) if name == "rewards" else []
+    budget = 0.9 * steps  # seconds of one core, about what rewards take; checked below
+    if name == "examples":
+        recipe = Examples(50, 32, 2e-4)
+        while time.process_time() - begin < budget:
+            examples(model, TASK.clean, recipe, int(time.process_time()), "more")
+    if name == "own_answers":
+        round_ = 0
+        while time.process_time() - begin < budget:
+            pairs = collect(model, 1000 * seed + round_, 512, 4)
+            examples(
+                model, lambda rng, p=pairs: rng.choice(p), Examples(50, 32, 2e-4), round_, "own"
+            )
+            round_ += 1
+    seconds = time.process_time() - begin
+    return {"ceiling": ceiling, "after": look(model), "seconds": seconds, "metrics": metrics}
+
+
+def report_beyond(runs: dict[tuple, dict]) -> None:
+    ceilings = {seed: run["ceiling"] for (_, seed), run in runs.items()}
+    spread("weak_base", [c["pass_at_1"] for c in ceilings.values()], "pass@1, always thinking")
+    spread("weak_base_greedy", [c["greedy"] for c in ceilings.values()])
+    for name in dict.fromkeys(name for name, _ in runs):
+        mine = [run for (other, _), run in runs.items() if other == name]
+        seconds = statistics.fmean(run["seconds"] for run in mine)
+        spread(f"{name}", [r["after"]["pass_at_1"] for r in mine], f"{seconds:.0f} s of one core")
+        spread(f"{name}_greedy", [r["after"]["greedy"] for r in mine])
+
+
+# A reward that leaks --------------------------------------------------------------------------
+
+
+def leaky(problems: list, texts: list[str]) -> list[float]:
+    """Looks for the answer anywhere in the response."""
+    return [float(p.answer in text) for p, text in zip(problems, texts, strict=True)]
+
+
+def hack(job: tuple[str, int], store: Path, steps: int) -> dict:
+    name, seed = job
+    _, model = base_of(seed, store)
+    metrics = rewarded(model, Recipe(steps=steps), seed, leaky if name == "leaky" else None)
+    said = [chapter.transcript(model, ENCODING, TASK, s) for s in range(2)]
+    return {"after": look(model), "metrics": metrics, "said": said}
+
+
+def report_hack(runs: dict[tuple, dict]) -> None:
+    for (name, seed), run in runs.items():
+        last = run["metrics"][-1]
+        text = f"held out; its own reward {last['reward']:.3f}, length {last['length']:.1f}"
+        measure(f"pass_at_1_{name}_seed_{seed}", run["after"]["pass_at_1"], text)
+    for (name, _), run in runs.items():
+        print(f"{name}: {run['said'][0]!r}")
+
+
+# R1's stages, and distillation ----------------------------------------------------------------
+
+
+class Dense(base.DeepSeek):
+    """Chapter 01's grouped-query attention and dense layers in the place of MLA and experts."""
+
+    def __init__(self):
+        c = replace(chapter.TINY, first_k_dense_replace=chapter.TINY.num_hidden_layers)
+        super().__init__(c)
+        for block in self.model.layers:
+            block.self_attn = attn.GroupedQueryAttention(c.hidden_size, 4, 2, 32)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=c.initializer_range)
+
+    def new_caches(self, batch: int, max_tokens: int, layers=None) -> list:
+        return [attn.KVCache(batch, max_tokens, 2, 32) for _ in self.model.layers]
+
+    def save_pretrained(self, folder: Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)  # it lives as long as this benchmark
+
+
+def r1(seed: int, store: Path, steps: int) -> dict:
+    worked, model = base_of(seed, store)
+    found = {"base": look(worked), "cold start": look(model)}
+    rewarded(model, Recipe(steps=steps), seed)
+    found["rewards"] = look(model)
+    own = collect(model, seed, 2048, 4)
+    example = lambda rng: rng.choice(own)
+    student = worked  # R1 goes back to V3-Base, too
+    examples(student, example, Examples(150, 64, 5e-4), seed, "own")
+    found["own answers"] = look(student)
+    rewarded(student, Recipe(steps=steps // 2), seed + 1)
+    found["rewards again"] = look(student)
+
+    torch.manual_seed(seed)
+    dense = Dense()
+    examples(dense, TASK.cold, Examples(450, 64, 2e-3), seed, "cold")  # never shown clean chains
+    found["dense"] = look(dense)
+    distilled = copy.deepcopy(dense)
+    begin = time.process_time()
+    examples(distilled, example, Examples(300, 64, 1e-3), seed, "distil")
+    seconds = time.process_time() - begin
+    found["dense, distilled"] = look(distilled) | {"seconds": seconds}
+    begin = time.process_time()
+    rewarded(dense, Recipe(steps=2 * steps), seed)
+    found["dense, rewards alone"] = look(dense) | {"seconds": time.process_time() - begin}
+    return found
+
+
+def report_r1(runs: dict[int, dict]) -> None:
+    for stage in next(iter(runs.values())):
+        mine = [run[stage] for run in runs.values()]
+        text = f"greedy {statistics.fmean(m['greedy'] for m in mine):.3f}"
+        text += f", length {statistics.fmean(m['length'] for m in mine):.1f}"
+        if "seconds" in mine[0]:
+            text += f", {statistics.fmean(m['seconds'] for m in mine):.0f} s of one core"
+        name = stage.replace(",", "").replace(" ", "_")
+        spread(f"pass_at_1_{name}", [m["pass_at_1"] for m in mine], text)
+
+
+# Beside TRL -----------------------------------------------------------------------------------
+
+
+def trl(store: Path, rounds: int = int(os.environ.get("ROUNDS", 7)), steps: int = 10) -> None:
+    """The first steps from the cold start, in turns; whole wall time of both, start-up left out."""
+    try:
+        import datasets
+        import transformers
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError as error:
+        print(f"skipped: {error.name} is not installed (pip install trl)")
+        return
+    base_of(0, store)
+    cold = store / f"cold-{chapter.STAGES['worked'].steps}-0"
+    torch.set_num_threads(os.cpu_count() or 1)
+    specials = {name: 256 + i for i, name in enumerate((base.END, *chapter.TAGS))}
+    tokenizer = byte_tokenizer(specials)
+    rng = random.Random(0)
+    problems = [TASK.problem(rng, held_out=False) for _ in range(32 * steps)]
+    answers = {problem.prompt: problem for problem in problems}
+
+    def reward(prompts, completions, **_) -> list[float]:
+        clean = [text.replace(base.END, "") for text in completions]
+        return [
+            TASK.reward(answers[p.removeprefix(base.END)], text)
+            for p, text in zip(prompts, clean, strict=True)
+        ]
+
+    class Stopwatch(transformers.TrainerCallback):
+        def __init__(self):
+            self.marks = []
+
+        def on_step_end(self, *args, **kwargs):
+            self.marks.append(time.perf_counter())
+
+    def theirs(folder: str) -> float:
+        """Seconds a batch of 256 completions, the first one left out."""
+        model = transformers.AutoModelForCausalLM.from_pretrained(cold, dtype=torch.float32)
+        config = GRPOConfig(
+            output_dir=folder, per_device_train_batch_size=128, gradient_accumulation_steps=1,
+            steps_per_generation=2, num_generations=8, max_completion_length=TASK.max_new_tokens,
+            max_steps=2 * steps, learning_rate=2e-4, beta=0.0, epsilon=0.2, loss_type="dr_grpo",
+            scale_rewards="none", temperature=1.0, bf16=False, gradient_checkpointing=False,
+            report_to=[], save_strategy="no", logging_steps=1000, disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        watch = Stopwatch()
+        trainer = GRPOTrainer(
+            model=model, reward_funcs=reward, args=config, processing_class=tokenizer,
+            callbacks=[watch],
+            train_dataset=datasets.Dataset.from_dict(
+                {"prompt": [base.END + problem.prompt for problem in problems]}
+            ),
+        )  # fmt: skip
+        trainer.train()
+        return (watch.marks[-1] - watch.marks[1]) / (steps - 1)  # two updates a batch
+
+    def ours(skip_ties: bool) -> float:
+        model = base.DeepSeek.from_pretrained(cold)
+        recipe = Recipe(steps=steps, skip_ties=skip_ties, denominator="constant")
+        metrics = rewarded(model, recipe, 0)
+        return (metrics[-1]["seconds"] - metrics[0]["seconds"]) / (steps - 1)
+
+    times: dict[str, list[float]] = {"trl": [], "ours": [], "ours_skipping": []}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            times["trl"].append(theirs(folder))
+        times["ours"].append(ours(False))
+        times["ours_skipping"].append(ours(True))
+    median = {name: statistics.median(values) for name, values in times.items()}
+    for name, seconds in median.items():
+        measure(f"completions_per_second_{name}", 256 / seconds, f"median of {rounds} rounds")
+    ratios = [t / o for t, o in zip(times["trl"], times["ours"], strict=True)]
+    text = f"x TRL's, same work, from {min(ratios):.2f} to {max(ratios):.2f}"
+    measure("trl_ratio", statistics.median(ratios), text)
+    ratios = [t / o for t, o in zip(times["trl"], times["ours_skipping"], strict=True)]
+    measure("trl_ratio_skipping", statistics.median(ratios), "x, groups without advantage skipped")
+
+
+def byte_tokenizer(specials: dict[str, int]):
+    """transformers' tokenizer with the chapter's ids: a byte is a token, a tag is one."""
+    import tokenizers
+    import transformers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {}
+    for byte in range(256):  # ByteLevel writes bytes as letters: GPT-2's table
+        printable = 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte
+        vocab[byte] = chr(byte) if printable else None
+    spare = iter(range(256, 512))
+    table = {vocab[b] or chr(next(spare)): b for b in range(256)}
+    if sorted(table) != letters:
+        raise ValueError("the byte alphabet is another one than GPT-2's")
+    inner = tokenizers.Tokenizer(models.BPE(table | specials, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    added = [tokenizers.AddedToken(name, special=name == base.END) for name in specials]
+    inner.add_tokens(added)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token=base.END, pad_token=base.END, padding_side="left"
+    )
+
+
+def main() -> None:
+    jobs_of = {
+        "seeds": (seeds, report_seeds, None, 80),
+        "variants": (variant, report_variants, list(VARIANTS), 80),
+        "stable": (variant, report_stable, ["default", "rate_x5"], 500),
+        "beyond": (beyond, report_beyond, ["rewards", "examples", "own_answers"], 300),
+        "hack": (hack, report_hack, ["leaky", "fixed"], 40),
+        "r1": (r1, report_r1, None, 80),
+        "trl": None,
+    }
+    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cli.add_argument("what", choices=jobs_of)
+    cli.add_argument("--seeds", type=int, default=3, help="runs of each kind (%(default)s)")
+    cli.add_argument("--steps", type=int, help="of GRPO, instead of the experiment's own")
+    cli.add_argument("--store", type=Path, help="keep the first stages' models here")
+    args = cli.parse_args()
+    if args.seeds < 1 or args.steps is not None and args.steps < 1:
+        cli.error(f"want at least one seed and one step: {args.seeds}, {args.steps}")
+    with tempfile.TemporaryDirectory() as folder:
+        store = args.store or Path(folder)
+        if args.what == "trl":
+            return trl(store)
+        work, report, kinds, steps = jobs_of[args.what]
+        every = range(args.seeds)
+        jobs = [(kind, seed) for kind in kinds for seed in every] if kinds else list(every)
+        task = partial(quietly, partial(work, store=store, steps=args.steps or steps))
+        first = (
+            partial(quietly, partial(base_of, store=store, worked=WEAK))
+            if args.what == "beyond"
+            else partial(quietly, partial(base_of, store=store))
+        )
+        workers = min(len(jobs), os.cpu_count() or 1)
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            list(pool.map(first, every))  # the bases, before several want the same
+            runs = dict(zip(jobs, pool.map(task, jobs), strict=True))
+    report(runs)
+
+
+if __name__ == "__main__":
+    main()
