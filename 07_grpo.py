@@ -1123,17 +1123,19 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def take_over(args: argparse.Namespace) -> None:
+    """--resume: the settings are those that the run was begun with."""
+    try:
+        entry = json.loads((args.resume / "run.json").read_text())
+        for key in "task", "init", "steps", "quick", "seed":
+            setattr(args, key, entry[key])
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"--resume {args.resume} is no folder of a run: {error!r}") from None
+    args.init = args.init and Path(args.init)
+
+
 def begin_run(args: argparse.Namespace) -> Path:
-    """A new folder with run.json, or the one to resume, whose settings are kept."""
-    if args.resume:
-        try:
-            entry = json.loads((args.resume / "run.json").read_text())
-            for key in "task", "init", "steps", "quick", "seed":
-                setattr(args, key, entry[key])
-            args.init = args.init and Path(args.init)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"--resume {args.resume} is no folder of a run: {error!r}") from None
-        return args.resume
+    """A folder that is not there yet, with run.json."""
     names = itertools.chain(["grpo"], (f"grpo-{n}" for n in itertools.count(2)))
     folder = next(args.out / name for name in names if not (args.out / name).exists())
     folder.mkdir(parents=True)
@@ -1141,7 +1143,7 @@ def begin_run(args: argparse.Namespace) -> Path:
         "command": shlex.join(["python", "07_grpo.py", *sys.argv[1:]]),
         "commit": base.commit(),
         **{key: getattr(args, key) for key in ("task", "steps", "quick", "seed", "device")},
-        "init": args.init and str(args.init),
+        "init": args.init and str(args.init.resolve()),
     }
     (folder / "run.json").write_text(json.dumps(entry, indent=1) + "\n")
     return folder
@@ -1156,6 +1158,8 @@ def begin_model(args: argparse.Namespace) -> tuple[base.DeepSeek, tiktoken.Encod
 
 def lesson(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
+    if args.resume:
+        take_over(args)
     task = load_task(args.task)
     try:
         torch.zeros(1, device=args.device).item()
@@ -1164,9 +1168,9 @@ def lesson(args: argparse.Namespace) -> None:
         raise ValueError(f"cannot run on --device {args.device}: {reason}") from None
     if args.init is None and not hasattr(task, "clean"):
         raise ValueError(f"--task {args.task} has no worked examples: want --init FOLDER")
-    folder = begin_run(args)
     torch.manual_seed(args.seed)
     model, encoding = begin_model(args)
+    folder = args.resume or begin_run(args)
     recipe = replace(Recipe(), steps=args.steps) if args.steps else Recipe()
     stages, problems = STAGES, 256
     if args.quick:

@@ -355,6 +355,22 @@ def test_unequal_prompts_are_each_row_alone(lengths, G):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rows", [[2, 0], [1, 1, 0, 2], [True, False, True]], ids=str)
+def test_selected_rows_go_on_as_if_alone(rows):
+    layer, x = gqa(), torch.randn(3, 5, 24, dtype=torch.float64)
+    cache = cache_for(layer, 3, 12)
+    layer(x, cache)
+    cache.truncate([5, 2, 4])
+    rows = torch.tensor(rows)
+    cache.select(rows)
+    new = torch.randn(len(cache.lengths), 3, 24, dtype=torch.float64)
+    got = layer(new, cache)
+    for i, row in enumerate(torch.arange(3)[rows].tolist()):
+        whole = torch.cat((x[row, : [5, 2, 4][row]], new[i]))
+        assert_close(got[i], layer(whole[None])[0, -3:])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kept", [[5, 5], [3, 5], [0, 2], 4, 0], ids=str)
 def test_truncate_leaves_no_trace(kept):
     """A rejected draft, huge on purpose: the same bits as a cache that never saw it."""

@@ -1,0 +1,795 @@
+"""07_grpo.py against loops, finite differences, published formulas, and runs that are cut short."""
+
+import itertools
+import json
+import math
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+chapter = import_module("07_grpo")
+base = chapter.base
+Recipe, grpo_loss, rollout = chapter.Recipe, chapter.grpo_loss, chapter.rollout
+ROOT = Path(__file__).resolve().parents[1]
+CLOCK, ENCODING = chapter.Clock(), chapter.byte_encoding()
+SMALL = replace(
+    chapter.TINY, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
+    num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=16, qk_nope_head_dim=8,
+    qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=4, initializer_range=0.2,
+)  # fmt: skip
+END = 256
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def model():
+    return base.DeepSeek(SMALL).eval()
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def prompts(count=6, seed=0):
+    rng = random.Random(seed)
+    return [chapter.encode_prompt(ENCODING, CLOCK.problem(rng, False).prompt) for _ in range(count)]
+
+
+# Advantages ----------------------------------------------------------------------------------
+
+
+def test_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 1]])
+    std = chapter.group_advantages(rewards)
+    half = 0.5 / math.sqrt(1 / 3)
+    want = torch.tensor([[1.5, -0.5, -0.5, -0.5], [-half, -half, half, half]])
+    assert torch.allclose(std, want)
+    want = torch.tensor([[0.75, -0.25, -0.25, -0.25], [-0.5, -0.5, 0.5, 0.5]])
+    assert torch.equal(chapter.group_advantages(rewards, "mean"), want)
+
+
+@pytest.mark.parametrize("normalize", ["std", "mean"])
+@pytest.mark.parametrize("value", [1.2, 0.1, 1 / 3, -7e5, 0.0])
+def test_a_tie_has_no_advantage_whatever_its_mean_rounds_to(value, normalize):
+    got = chapter.group_advantages(torch.full((2, 7), value), normalize)
+    assert torch.equal(got, torch.zeros(2, 7))
+
+
+def test_a_small_difference_is_no_tie():
+    rewards = torch.tensor([[1.0, 1.0, 1.0, 1.0 + 2**-23]])
+    assert chapter.group_advantages(rewards)[0, 3] == pytest.approx(1.5, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "rewards, normalize, message",
+    [
+        (torch.ones(4), "std", r"\(4,\)"),
+        (torch.ones(4, 1), "std", r"\(4, 1\)"),
+        (torch.ones(2, 4), "max", "'max'"),
+        (torch.tensor([[1.0, math.nan]]), "std", "nan"),
+        (torch.tensor([[1.0, math.inf]]), "mean", "inf"),
+    ],
+)
+def test_advantages_refuse(rewards, normalize, message):
+    with pytest.raises(ValueError, match=message):
+        chapter.group_advantages(rewards, normalize)
+
+
+def test_process_supervision_by_loops():
+    rewards = torch.tensor([[1.0, 0.0, 2.0], [0.5, 1.0, 0.0]])
+    ends = torch.tensor([[1, 3, 6], [2, 4, -1]])
+    values = [1.0, 0.0, 2.0, 0.5, 1.0]
+    mean, std = torch.tensor(values).mean().item(), torch.tensor(values).std().item()
+    want = torch.zeros(2, 8)
+    for i, steps in enumerate([[(1.0, 1), (0.0, 3), (2.0, 6)], [(0.5, 2), (1.0, 4)]]):
+        for t in range(8):
+            want[i, t] = sum((r - mean) / std for r, end in steps if end >= t)
+    got = chapter.process_advantages(rewards, ends, 8)
+    assert torch.allclose(got, want, atol=1e-6)
+    assert torch.equal(chapter.process_advantages(torch.ones(2, 3), ends, 8), torch.zeros(2, 8))
+    with pytest.raises(ValueError, match="T = 6"):
+        chapter.process_advantages(rewards, ends, 6)
+
+
+# The loss ------------------------------------------------------------------------------------
+
+
+def batch(B=4, T=6, lengths=(6, 3, 1, 4)):
+    logp, old, ref = torch.randn(3, B, T, dtype=torch.float64) * 0.4 - 1
+    advantages = torch.tensor([1.5, -0.5, 0.7, -1.7], dtype=torch.float64)[:B]
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+    return logp, old, advantages, mask, ref
+
+
+def published(loss_type, logp, old, advantages, mask, clip, high, limit):
+    """TRL's documented formulas for its loss types, from the same per-token term."""
+    B, terms = len(logp), []
+    for i in range(B):
+        row = []
+        for t in range(logp.shape[1]):
+            if mask[i, t]:
+                ratio = math.exp(logp[i, t] - old[i, t])
+                cut = min(max(ratio, 1 - clip), 1 + high)
+                row.append(-min(ratio * advantages[i], cut * advantages[i]).item())
+        terms.append(row)
+    if loss_type == "grpo":
+        return sum(sum(row) / len(row) for row in terms) / B
+    total = sum(map(sum, terms))
+    return total / (sum(map(len, terms)) if loss_type == "dapo" else B * limit)
+
+
+@pytest.mark.parametrize("high", [None, 0.28])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_loss_is_the_published_formula(loss_type, high):
+    logp, old, advantages, mask, _ = batch()
+    kind = {"grpo": "sequence", "dapo": "token", "dr_grpo": torch.full((4,), 4 * 9.0)}[loss_type]
+    got, _ = grpo_loss(logp, old, advantages, mask, kind, clip_high=high)
+    want = published(loss_type, logp, old, advantages, mask, 0.2, high or 0.2, 9)
+    assert got.item() == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize("beta, weigh_kl", [(0.0, False), (0.3, False), (0.3, True)])
+def test_gradients_by_finite_differences(beta, weigh_kl):
+    logp, old, advantages, mask, ref = batch()
+    near = (logp - old).exp()
+    assert ((near - 0.8).abs().min() > 1e-4) and ((near - 1.2).abs().min() > 1e-4)  # off the kinks
+    loss = lambda x: grpo_loss(
+        x, old, advantages, mask, beta=beta, ref_logp=ref, weigh_kl=weigh_kl
+    )[0]
+    assert torch.autograd.gradcheck(loss, logp.requires_grad_())
+
+
+def test_on_policy_the_loss_is_zero_and_the_gradient_is_reinforce():
+    logp = torch.randn(4, 5, dtype=torch.float64).requires_grad_()
+    advantages = chapter.group_advantages(torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64))[0]
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    loss, stats = grpo_loss(logp, logp.detach(), advantages, mask)
+    assert abs(loss.item()) < 1e-15 and stats["clipped"] == 0
+    [gradient] = torch.autograd.grad(loss, logp)
+    assert torch.allclose(gradient, -advantages[:, None].expand(4, 5) / 20)
+
+
+def test_old_log_probs_are_constants():
+    logp, old, advantages, mask, _ = batch()
+    old.requires_grad_()
+    loss, _ = grpo_loss(logp.requires_grad_(), old, advantages, mask)
+    loss.backward()
+    assert old.grad is None and logp.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("ratio, advantage, moves", [
+    (1.3, 1.0, False), (1.3, -1.0, True), (0.7, 1.0, True), (0.7, -1.0, False),
+    (1.1, 1.0, True), (0.9, -1.0, True), (1.25, 1.0, True),
+])  # fmt: skip
+def test_what_the_clip_stops(ratio, advantage, moves):
+    """clip 0.2 below, 0.28 above; only what would go on in the direction it has gone."""
+    logp = torch.tensor([[math.log(ratio)]]).requires_grad_()
+    arguments = torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1, dtype=torch.bool)
+    loss, stats = grpo_loss(logp, *arguments, clip_high=0.28)
+    loss.backward()
+    assert bool(logp.grad.abs().sum() > 0) == moves and stats["clipped"] == float(not moves)
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf, 1e30])
+def test_what_was_not_drawn_may_hold_anything(junk):
+    logp, old, advantages, mask, ref = batch()
+    want, _ = grpo_loss(logp, old, advantages, mask, beta=0.1, ref_logp=ref)
+    spoilt = [torch.where(mask, t, junk).requires_grad_() for t in (logp, old, ref)]
+    got, stats = grpo_loss(*spoilt[:2], advantages, mask, beta=0.1, ref_logp=spoilt[2])
+    got.backward()
+    assert got == want and spoilt[0].grad.isfinite().all() and math.isfinite(stats["kl"])
+
+
+def test_advantages_by_token():
+    logp, old, advantages, mask, _ = batch()
+    want, _ = grpo_loss(logp, old, advantages, mask)
+    got, _ = grpo_loss(logp, old, advantages[:, None].expand(4, 6), mask)
+    assert got == want
+
+
+def test_an_empty_row_is_no_division_by_zero():
+    logp, old, advantages, mask, _ = batch(lengths=(6, 0, 1, 4))
+    loss, _ = grpo_loss(logp.requires_grad_(), old, advantages, mask)
+    loss.backward()
+    assert loss.isfinite() and logp.grad[1].abs().sum() == 0
+
+
+def test_loss_refuses():
+    logp, old, advantages, mask, ref = batch()
+    for change, message in (
+        ({"old_logp": old[:, :3]}, r"\(4, 3\)"),
+        ({"advantages": advantages[:3]}, r"advantages \(3, 1\)"),
+        ({"denominator": "mean"}, "'mean'"),
+        ({"beta": 0.1}, "beta 0.1 wants ref_logp"),
+    ):
+        arguments = {"logp": logp, "old_logp": old, "advantages": advantages, "mask": mask}
+        with pytest.raises(ValueError, match=message):
+            grpo_loss(**(arguments | change))
+
+
+def test_k3_estimates_the_divergence_and_is_never_negative():
+    p, q = torch.randn(2, 50, dtype=torch.float64).log_softmax(-1)
+    k3 = chapter.kl_k3(p, q)
+    assert (k3 >= 0).all() and chapter.kl_k3(p, p).abs().max() == 0
+    kl = (p.exp() * (p - q)).sum()
+    assert (p.exp() * k3).sum().item() == pytest.approx(kl.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "token"])
+def test_denominators_are_those_of_the_whole_batch(kind):
+    logp, old, advantages, mask, _ = batch()
+    want, _ = grpo_loss(logp, old, advantages, mask, kind)
+    divisor = chapter.denominators(mask, kind, 99)
+    parts = [
+        grpo_loss(logp[r], old[r], advantages[r], mask[r], divisor[r])[0] for r in ([0, 2], [1, 3])
+    ]
+    assert sum(parts).item() == pytest.approx(want.item(), abs=1e-7)
+    assert chapter.denominators(mask, "constant", 9).tolist() == [36.0] * 4
+
+
+# Rollouts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
+def test_sampler_and_trainer_agree(model, temperature):
+    sampled = rollout(model, prompts(), 20, 3, temperature, eos_token_id=END, generator=generator())
+    logp, _ = chapter.score(model, sampled.tokens, sampled.mask, temperature)
+    assert sampled.mask.sum() > 300
+    assert (logp - sampled.logp).abs().max() <= 1e-4
+    other, _ = chapter.score(model, sampled.tokens, sampled.mask, temperature * 1.3)
+    assert (other - sampled.logp).abs().max() > 0.05
+
+
+def test_entropy_of_what_is_scored(model):
+    sampled = rollout(model, prompts(2), 5, generator=generator())
+    _, entropy = chapter.score(model, sampled.tokens, sampled.mask)
+    probs = model(sampled.tokens[:, :-1])[sampled.mask].softmax(-1)
+    want = torch.distributions.Categorical(probs=probs).entropy().mean()
+    assert entropy.item() == pytest.approx(want.item(), abs=1e-5)
+
+
+def test_a_rollout_is_prompt_answer_zeros(model):
+    asked = prompts()
+    sampled = rollout(model, asked, 12, 2, eos_token_id=END, generator=generator())
+    answers = sampled.answers()
+    for row, (prompt, answer) in enumerate(
+        zip((p for p in asked for _ in "ab"), answers, strict=True)
+    ):
+        whole = prompt + answer
+        assert sampled.tokens[row].tolist() == whole + [0] * (sampled.tokens.shape[1] - len(whole))
+        assert sampled.ended[row] == (answer[-1] == END) and len(answer) <= 12
+        assert END not in answer[:-1] and (sampled.ended[row] or len(answer) == 12)
+        drawn = [False] * (len(prompt) - 1) + [True] * len(answer)
+        assert sampled.mask[row].tolist()[: len(drawn)] == drawn
+        assert not sampled.mask[row][len(drawn) :].any()
+    assert (sampled.logp[~sampled.mask] == 0).all()
+
+
+def test_rows_that_end_leave_and_change_nothing(model):
+    """Biased towards its end the model stops early, in many rows at once."""
+    with torch.no_grad():
+        model.lm_head.weight[END] = model.lm_head.weight.mean(0)
+        model.lm_head.weight *= 0.5
+    sampled = rollout(model, prompts(8), 40, 8, eos_token_id=5, generator=generator())
+    lengths = sampled.mask.sum(1)
+    assert sampled.ended.sum() > 5 and lengths.min() < 20 and lengths.max() == 40
+    logp, _ = chapter.score(model, sampled.tokens, sampled.mask)
+    assert (logp - sampled.logp).abs().max() <= 1e-4
+
+
+def test_greedy_is_generate_and_needs_no_cache(model):
+    asked = prompts()
+    greedy = rollout(model, asked, 15, temperature=0, eos_token_id=7)
+    assert greedy.answers() == model.generate(asked, 15, eos_token_id=7)
+    assert greedy.answers() == chapter.without_cache(model, asked, 15, 7)
+    assert (greedy.logp == 0).all()
+
+
+def test_nucleus_log_probs_are_of_the_nucleus(model):
+    sampled = rollout(model, prompts(), 10, 4, 0.9, 0.6, generator=generator())
+    logits = model(sampled.tokens[:, :-1])[sampled.mask]
+    probs = chapter.mtp.probabilities(logits, 0.9, 0.6)
+    drawn = sampled.tokens[:, 1:][sampled.mask]
+    want = probs.gather(1, drawn[:, None])[:, 0].log()
+    assert want.isfinite().all() and (sampled.logp[sampled.mask] - want).abs().max() <= 1e-3
+
+
+def test_the_same_generator_the_same_answers(model):
+    answers = [rollout(model, prompts(), 9, 4, generator=generator(s)).answers() for s in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+    assert len({tuple(a) for a in answers[0][:4]}) == 4  # one prompt, four answers
+
+
+def test_draws_follow_the_distribution():
+    """Chi-square over 5 tokens, 40,000 draws: 4 degrees of freedom, 1 in 10^5 above 28.5."""
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, -math.inf, 0.5])
+    chosen, logp = chapter.draw(logits.expand(40_000, 6), 1.0, 1.0, generator())
+    probs = logits.softmax(-1)
+    counts = chosen.bincount(minlength=6).double()
+    assert counts[4] == 0
+    expected = probs.double() * 40_000
+    kept = expected > 0
+    assert ((counts - expected)[kept].square() / expected[kept]).sum() < 28.5
+    assert torch.allclose(logp, probs[chosen].log(), atol=1e-6)
+    wrong = (probs.roll(1).double() * 40_000)[kept]  # power: another distribution fails
+    assert ((counts[kept] - wrong).square() / wrong.clamp(min=1)).sum() > 1000
+
+
+@pytest.mark.parametrize("bad, message", [
+    (([], 4), "prompts of"), (([[1], []], 4), r"\[1, 0\]"), (([[1]], 0), "1 or more"),
+    (([[1]], 600), "601 > max_position_embeddings = 512"),
+])  # fmt: skip
+def test_rollout_refuses(model, bad, message):
+    with pytest.raises(ValueError, match=message):
+        rollout(model, *bad)
+
+
+def test_routes_are_recorded_and_replayed(model):
+    sampled = rollout(model, prompts(), 12, 3, eos_token_id=9, generator=generator(),
+                      record_routes=True)  # fmt: skip
+    assert sampled.routes.shape == (*sampled.tokens.shape, 1, 2)
+    with torch.no_grad(), chapter.watched_routes(model) as seen:
+        want, _ = chapter.score(model, sampled.tokens, sampled.mask)
+    again = torch.stack(seen, 1).unflatten(0, sampled.mask.shape).sort(-1).values
+    read = sampled.mask | (torch.arange(again.shape[1]) < 8)  # 8: the shortest prompt
+    assert torch.equal(sampled.routes[:, :-1].sort(-1).values[read], again[read])
+    follow = lambda routes: chapter.score(model, sampled.tokens, sampled.mask, 1.0, routes)[0]
+    assert (follow(sampled.routes) - want).abs().max() <= 1e-5
+    assert (follow((sampled.routes + 1) % 4) - want).abs().max() > 1e-3
+    assert "choose" not in vars(model.mixtures()[0].gate)
+
+
+# Updates -------------------------------------------------------------------------------------
+
+
+def updated(model, sampled, advantages, **changes):
+    """The weights after one SGD update, as one vector."""
+    mine = base.DeepSeek(SMALL).eval()
+    mine.load_state_dict(model.state_dict())
+    optimizer = torch.optim.SGD(mine.parameters(), 0.5)
+    recipe = replace(Recipe(updates=1), **changes)
+    metrics = chapter.update(mine, optimizer, sampled, advantages, recipe, 20, generator())
+    return torch.cat([p.detach().flatten() for p in mine.parameters()]), metrics
+
+
+@pytest.fixture
+def sampled(model):
+    """Some answers end, some are cut: its end is the token that the model likes best."""
+    free = rollout(model, prompts(), 20, 4, generator=generator())
+    end = free.tokens[:, 1:][free.mask].mode().values.item()
+    return rollout(
+        model, prompts(), 20, 4, eos_token_id=end, generator=generator(), record_routes=True
+    )
+
+
+@pytest.fixture
+def advantages(sampled):
+    rewards = torch.randn(6, 4)
+    rewards[2], rewards[5] = 1.2, 0.0
+    return chapter.group_advantages(rewards, "mean").flatten()
+
+
+@pytest.mark.parametrize("denominator", ["constant", "sequence", "token"])
+def test_skipping_ties_and_packing_change_no_update(model, sampled, advantages, denominator):
+    plain, _ = updated(model, sampled, advantages, denominator=denominator, skip_ties=False)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert (plain - before).abs().max() > 1e-3
+    for changes in {"skip_ties": True}, {"pack": 64}, {"pack": 1}, {"replay": True}:
+        got, _ = updated(model, sampled, advantages, denominator=denominator, **changes)
+        assert (got - plain).abs().max() <= 2e-5, changes
+
+
+def test_update_is_the_gradient_of_the_loss(model, sampled, advantages):
+    got, metrics = updated(model, sampled, advantages)
+    logp, entropy = chapter.score(model, sampled.tokens, sampled.mask)
+    divisor = chapter.denominators(sampled.mask, "constant", 20)
+    loss, _ = grpo_loss(logp, sampled.logp, advantages, sampled.mask, divisor)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    zeros = lambda p: torch.zeros_like(p) if p.grad is None else p.grad
+    want = torch.cat([(p - 0.5 * zeros(p)).detach().flatten() for p in model.parameters()])
+    assert (got - want).abs().max() <= 1e-5
+    assert metrics["gap"] <= 1e-4
+
+
+def test_later_updates_see_the_ratio_move(model, sampled, advantages):
+    once, first = updated(model, sampled, advantages, updates=1)
+    _, second = updated(model, sampled, advantages, updates=1, epochs=4)
+    assert first["clipped"] == 0 and second["clipped"] > 0.001
+
+
+def test_masked_overlong_answers_teach_nothing(model, sampled):
+    cut = (~sampled.ended).float()
+    assert 2 < cut.sum() < len(cut)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    masked, _ = updated(model, sampled, cut, overlong="mask")
+    assert torch.equal(masked, before)
+    kept, _ = updated(model, sampled, cut)
+    assert not torch.equal(kept, before)
+
+
+def test_all_tied_is_no_update(model, sampled):
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    got, metrics = updated(model, sampled, torch.zeros(24))
+    assert torch.equal(got, before) and metrics["entropy"] == 0
+
+
+def test_reference_holds_back(model, sampled, advantages):
+    """At the reference k3 is flat; away from it, it pulls."""
+    reference = base.DeepSeek(SMALL).eval()
+    mine = base.DeepSeek(SMALL).eval()
+    mine.load_state_dict(model.state_dict())
+    recipe = Recipe(updates=1, beta=10.0)
+    arguments = sampled, torch.zeros(24), recipe, 20, generator()
+    same = chapter.update(
+        mine, torch.optim.SGD(mine.parameters(), 0.1), *arguments, reference=model
+    )
+    assert same["kl"] <= 1e-6
+    arguments = sampled, torch.zeros(24), recipe, 20, generator()
+    optimizer = torch.optim.SGD(mine.parameters(), 0.1)
+    first = chapter.update(mine, optimizer, *arguments, reference=reference)["kl"]
+    for _ in range(10):
+        last = chapter.update(mine, optimizer, *arguments, reference=reference)["kl"]
+    assert last < 0.9 * first
+
+
+def test_packs_are_all_rows_once_by_length():
+    lengths = torch.tensor([5, 50, 7, 30, 31, 6])
+    packs = list(chapter.packs(lengths, 64))
+    assert sorted(torch.cat(packs).tolist()) == list(range(6))
+    assert [len(p) * int(lengths[p].max()) <= 64 for p in packs] == [True] * len(packs)
+    assert [p.tolist() for p in packs[:2]] == [[1], [4, 3]]
+
+
+# Tasks and rewards ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, found", [
+    ("<think>a</think><answer>3</answer>", ("a", "3")),
+    (" <think></think>\n<answer> 3 </answer>\n", ("", "3")),
+    ("<think>a</think><answer>3</answer>.", None),
+    ("<think>a</think>", None),
+    ("<answer>3</answer>", None),
+    ("<think>a</think><answer>3</answer><answer>4</answer>", None),
+    ("<think><think>a</think><answer>3</answer>", None),
+    ("<answer>3</answer><think>a</think><answer>3</answer>", None),
+])  # fmt: skip
+def test_parse(text, found):
+    assert chapter.parse(text) == found
+    assert chapter.format_reward(text) == float(found is not None)
+    assert chapter.accuracy_reward(text, "3") == float(found is not None and found[1] == "3")
+
+
+@pytest.mark.parametrize("text, value", [
+    ("1+2*3", 7), ("(1+2)*3", 9), ("8/4/2", 1), ("10-3-2", 5), ("2*(3+4)-5", 9), ("7", 7),
+    (" 1 + 1 ", 2), ("1/0", None), ("", None), ("1+", None), ("(1", None), ("1)", None),
+    ("2**9", None), ("1 2", None), ("__import__('os')", None), ("1+a", None), ("+1", None),
+    ("(" * 40 + "1" + ")" * 40, 1), ("(" * 90, None), ("1+" * 500 + "1", None),
+])  # fmt: skip
+def test_calculate(text, value):
+    assert chapter.calculate(text) == value
+
+
+@given(st.recursive(
+    st.integers(0, 99).map(str),
+    lambda part: st.tuples(part, st.sampled_from("+-*/"), part).map(lambda t: f"({''.join(t)})")
+    | st.tuples(part, st.sampled_from("+-*"), part).map("".join),
+    max_leaves=6,
+))  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_calculate_as_python_does(text):
+    digits = __import__("re").sub(r"\b0+(?=\d)", "", text)
+    try:
+        want = eval(digits)
+    except ZeroDivisionError:
+        want = None
+    got = chapter.calculate(digits)
+    assert got == want or got == pytest.approx(want)
+
+
+def test_language_and_length_rewards():
+    answer = "<answer>1</answer>"
+    assert chapter.language_reward(f"<think>two more words</think>{answer}") == 1
+    assert chapter.language_reward(f"<think>zwei größere 词 1+1</think>{answer}") == 1 / 3
+    assert chapter.language_reward(f"<think>1+1=2</think>{answer}") == 1
+    assert [chapter.overlong_penalty(n, 100, 20) for n in (10, 80, 90, 100, 120)] == [
+        0, 0, -0.5, -1, -1
+    ]  # fmt: skip
+
+
+def test_clock_is_right_and_its_sets_share_nothing():
+    rng = random.Random(0)
+    train = {CLOCK.problem(rng, False) for _ in range(2000)}
+    held_out = {CLOCK.problem(rng, True) for _ in range(2000)}
+    assert not {p.prompt for p in train} & {p.prompt for p in held_out}
+    for problem in train | held_out:
+        assert eval(problem.prompt[:-1]) % 100 == int(problem.answer)
+        assert CLOCK.reward(problem, CLOCK.worked(problem)) == 1.2
+        assert CLOCK.reward(problem, CLOCK.worked(problem, 3)) == 0.2
+    shown = {prompt for prompt, _ in (CLOCK.clean(rng) for _ in range(5000))}
+    shown |= {prompt for prompt, _ in (CLOCK.cold(rng) for _ in range(5000))}
+    assert not {p.prompt for p in held_out} & shown
+
+
+def test_the_steps_of_a_chain():
+    problem = chapter.Problem("5-9+7=", "3")
+    assert CLOCK.worked(problem) == "<think>5-9=96,96+7=3</think><answer>3</answer>"
+    assert CLOCK.worked(problem, 98) == "<think>5-9=96,96+7=1</think><answer>1</answer>"
+
+
+def test_the_cold_start_is_as_described():
+    rng = random.Random(0)
+    pairs = [CLOCK.cold(rng) for _ in range(10_000)]
+    texts = [text for _, text in pairs]
+    formed = [(p, t) for p, t in pairs if chapter.parse(t)]
+    assert len(formed) / 10_000 == pytest.approx(0.8, abs=0.02)
+    thinking = [(p, t) for p, t in formed if chapter.parse(t)[0]]
+    assert len(thinking) / len(formed) == pytest.approx(0.2, abs=0.02)
+    wrong = [eval(p[:-1]) % 100 != int(chapter.parse(t)[1]) for p, t in thinking]
+    assert sum(wrong) / len(wrong) == pytest.approx(1 / 12, abs=0.03)
+    assert all(sum(tag in text for tag in chapter.TAGS) >= 3 for text in texts)
+
+
+def test_countdown():
+    task, rng = chapter.Countdown(), random.Random(0)
+    for held_out in False, True:
+        problem = task.problem(rng, held_out)
+        right = f"<think>…</think><answer>{problem.answer}</answer>"
+        assert task.correct(problem, right) and task.reward(problem, right) == 1.2
+        target = problem.prompt.partition(" to ")[2].rstrip(": ")
+        assert not task.correct(problem, f"<think></think><answer>{target}</answer>")
+        assert not task.correct(problem, problem.answer)
+
+
+def test_a_file_of_questions(tmp_path):
+    path = tmp_path / "q.jsonl"
+    lines = [
+        {"question": f"What is {n} + {n}?", "answer": f"double\n#### {2 * n}"} for n in range(90)
+    ]
+    lines.append({"question": "How many?", "answer": "1,234"})
+    path.write_text("\n".join(map(json.dumps, lines)))
+    task = chapter.load_task(str(path))
+    assert sum(map(len, task.sets)) == 91 and 2 < len(task.sets[1]) < 20
+    for held_out in False, True:
+        problem = task.problem(random.Random(1), held_out)
+        assert problem.held_out == held_out
+        assert task.correct(problem, f"<think>x</think><answer>{problem.answer}</answer>")
+    assert "1234" in {p.answer for p in itertools.chain(*task.sets)}
+    path.write_text(json.dumps(lines[0]) + '\n{"question": "no answer"}\n')
+    with pytest.raises(ValueError, match=r"q.jsonl, line 2"):
+        chapter.load_task(str(path))
+
+
+def test_a_task_of_ones_own(tmp_path):
+    (tmp_path / "mine_for_07.py").write_text(
+        "from importlib import import_module\n"
+        "grpo = import_module('07_grpo')\n\n\n"
+        "class Echo(grpo.Task):\n"
+        "    def problem(self, rng, held_out):\n"
+        "        digit = str(rng.randrange(5) + 5 * held_out)\n"
+        "        return grpo.Problem(digit, digit, held_out)\n"
+    )
+    task = chapter.load_task(f"{tmp_path}/mine_for_07.py:Echo")
+    problem = task.problem(random.Random(0), True)
+    assert task.reward(problem, f"<think></think><answer>{problem.answer}</answer>") == 1.2
+    for name in "Other", "", "grpo":
+        with pytest.raises(ValueError, match="has no class"):
+            chapter.load_task(f"{tmp_path}/mine_for_07.py:{name}")
+
+
+def test_an_unknown_task():
+    with pytest.raises(ValueError, match="--task chess: want clock, countdown"):
+        chapter.load_task("chess")
+
+
+def test_rewards_are_checked():
+    problems = [chapter.Problem("2+2=", "4"), chapter.Problem("3+3=", "6")]
+    check = lambda reward: chapter.checked_rewards(reward, problems, ["a", "b"])
+    assert check(lambda p, t: [1, 0.5]).tolist() == [1.0, 0.5]
+    with pytest.raises(ValueError, match=r"prompt '3\+3=', response 'b' raises ZeroDivision"):
+        check(lambda p, t: [1 / (x.answer != "6") for x in p])
+    with pytest.raises(ValueError, match=r"prompt '3\+3=', response 'b' is nan"):
+        check(lambda p, t: [1.0, math.nan])
+    with pytest.raises(ValueError, match=r"1 rewards for 2 responses.*'2\+2='"):
+        check(lambda p, t: [1.0])
+
+
+def test_pass_at_k_by_enumeration():
+    for n, c, k in itertools.product((4, 6), range(7), (1, 2, 4)):
+        if c <= n:
+            draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
+            want = sum(map(any, draws)) / len(draws)
+            assert chapter.pass_at_k(n, c, k) == pytest.approx(want)
+
+
+# Runs ----------------------------------------------------------------------------------------
+
+
+def train(folder, steps, reward=None, model=None, **changes):
+    torch.manual_seed(0)
+    model = model or base.DeepSeek(SMALL)
+    recipe = replace(Recipe(steps=5, prompts=3, group=3), **changes)
+    task = chapter.Clock()
+    task.max_new_tokens = 12
+    patched = replace(recipe, steps=steps)
+    schedule = Recipe.scale
+    try:  # the same schedule, cut short
+        Recipe.scale = lambda self, step: schedule(recipe, step)
+        metrics = chapter.train_grpo(model, ENCODING, task, patched, folder, 3, reward)
+    finally:
+        Recipe.scale = schedule
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), metrics
+
+
+def some(problems, texts):
+    return [len(text.encode()) % 3 for text in texts]
+
+
+@pytest.mark.parametrize("changes", [{}, {"beta": 0.1, "replay": True, "overlong": "penalty"}])
+def test_a_resumed_run_ends_in_the_same_weights(tmp_path, changes):
+    whole, metrics = train(tmp_path / "a" / "rl", 5, some, **changes)
+    train(tmp_path / "b" / "rl", 2, some, **changes)
+    again, resumed = train(tmp_path / "b" / "rl", 5, some, **changes)
+    assert torch.equal(whole, again)
+    for a, b in zip(metrics, resumed, strict=True):
+        drop = ("seconds", "rollout_seconds")
+        assert {k: v for k, v in a.items() if k not in drop} == {
+            k: v for k, v in b.items() if k not in drop
+        }
+
+
+def test_a_reward_that_raises_stops_cleanly_with_a_checkpoint(tmp_path):
+    calls = itertools.count()
+
+    def reward(problems, texts):
+        if next(calls) >= 2:
+            raise RuntimeError("the judge is out")
+        return some(problems, texts)
+
+    with pytest.raises(ValueError, match=r"reward of prompt '.*=', .* raises RuntimeError"):
+        train(tmp_path / "rl", 5, reward)
+    state = json.loads((tmp_path / "rl/checkpoint/training/state.json").read_text())
+    assert state["step"] == 2
+    whole, _ = train(tmp_path / "other" / "rl", 5, some)
+    again, _ = train(tmp_path / "rl", 5, some)
+    assert torch.equal(whole, again)
+
+
+def test_the_router_bias_is_frozen(tmp_path):
+    model = base.DeepSeek(SMALL)
+    gate = model.mixtures()[0].gate
+    gate.e_score_correction_bias[:] = torch.tensor([0.1, -0.2, 0.0, 0.05])
+    before = gate.e_score_correction_bias.clone()
+    train(tmp_path / "rl", 2, some, model)
+    assert torch.equal(gate.e_score_correction_bias, before)
+
+
+def test_examples_teach(tmp_path):
+    model = base.DeepSeek(SMALL)
+    example = lambda rng: ("5+5=", "<think></think><answer>10</answer>")
+    metrics = chapter.train_examples(
+        model, ENCODING, example, chapter.Examples(30, 4, 1e-2), tmp_path / "e"
+    )
+    assert metrics[-1]["loss"] < 0.2 < 3 < metrics[0]["loss"]
+    greedy = rollout(
+        model.eval(), [chapter.encode_prompt(ENCODING, "5+5=")], 12, temperature=0, eos_token_id=END
+    )
+    assert chapter.decode_answers(ENCODING, greedy) == ["<think></think><answer>10</answer>"]
+
+
+def test_examples_count_answers_alone():
+    """What the prompt says has no part in the loss."""
+    seen = []
+
+    class Spy(base.DeepSeek):
+        def loss(self, tokens, labels):
+            seen.append((tokens, labels))
+            return super().loss(tokens, labels)
+
+    torch.manual_seed(0)
+    pairs = iter([("1+1=", "ab"), ("22+2=", "c")])
+    with pytest.raises(StopIteration):
+        chapter.train_examples(
+            Spy(SMALL), ENCODING, lambda rng: next(pairs), chapter.Examples(2, 2, 1e-3),
+            Path(__import__("tempfile").mkdtemp()) / "e",
+        )  # fmt: skip
+    [(tokens, labels)] = seen
+    rows = [[t for t in row if t != -100] for row in labels.tolist()]
+    assert rows == [[*b"ab", END], [*b"c", END]]
+    assert tokens[0, :5].tolist() == [END, *b"1+1="]
+
+
+def test_encoding_keeps_its_tags(tmp_path):
+    base.save_encoding(ENCODING, tmp_path / "encoding.json")
+    loaded = base.load_encoding(tmp_path / "encoding.json")
+    text = "<think>5-9=96</think><answer>3</answer>"
+    tokens = chapter.encode(loaded, text)
+    assert tokens == chapter.encode(ENCODING, text) and len(tokens) == 4 + 7
+    assert loaded.decode(tokens) == text
+
+
+@pytest.mark.parametrize("name, value", [
+    ("advantages", "max"), ("denominator", "rows"), ("overlong", "cut"), ("group", 1),
+    ("temperature", 0.0), ("steps", 0), ("learning_rate", 0.0),
+])  # fmt: skip
+def test_recipe_refuses(name, value):
+    with pytest.raises(ValueError, match=str(value)):
+        replace(Recipe(), **{name: value})
+
+
+def start(*args, **options):
+    command = [sys.executable, "07_grpo.py", *args]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, **options)  # fmt: skip
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_the_command_from_nothing_and_from_a_checkpoint(tmp_path):
+    code, out, err = finish(start("--quick", "--out", str(tmp_path)))
+    assert code == 0, err
+    for name in ("pass_at_1_before", "pass_at_1_after", "greedy_after", "ceiling", "length_ratio",
+                 "pass_at_8_before", "completions_per_second", "bf16_gap"):  # fmt: skip
+        assert f"measure  {name} " in out
+    assert "WRONG" not in out and (tmp_path / "grpo/curves.png").exists()
+    assert max(map(len, out.splitlines())) <= 130
+    trained = tmp_path / "grpo/rl/checkpoint"
+    code, out, err = finish(start("--quick", "--init", str(trained), "--out", str(tmp_path)))
+    assert code == 0, err
+    assert "ceiling" not in out and (tmp_path / "grpo-2/rl/checkpoint/config.json").exists()
+
+
+def test_a_killed_command_goes_on(tmp_path):
+    process = start("--quick", "--out", str(tmp_path))
+    metrics = tmp_path / "grpo/worked/metrics.jsonl"
+    for _ in range(600):
+        if metrics.exists() and metrics.read_text().count("\n") >= 1:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    code, out, _ = finish(process)
+    assert code == 130 and f"--resume {tmp_path}/grpo" in out
+    code, out, err = finish(start("--resume", str(tmp_path / "grpo")))
+    assert code == 0, err
+    assert "measure  pass_at_1_after" in out
+
+
+@pytest.mark.parametrize("args, message", [
+    (("--task", "chess"), "--task chess"),
+    (("--task", "countdown"), "has no worked examples: want --init FOLDER"),
+    (("--device", "cuda:99"), "cannot run on --device cuda:99"),
+    (("--init", "/nowhere"), "/nowhere"),
+    (("--resume", "/nowhere"), "--resume /nowhere is no folder of a run"),
+    (("--steps", "0"), "--steps must be positive, got 0"),
+])  # fmt: skip
+def test_the_command_refuses_and_leaves_nothing(args, message, tmp_path):
+    code, out, err = finish(start(*args, "--out", str(tmp_path / "runs")))
+    assert code == 2 and message in err and "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu(tmp_path):
+    shutil.rmtree(tmp_path / "grpo", ignore_errors=True)
+    code, out, err = finish(start("--quick", "--device", "cuda", "--out", str(tmp_path)))
+    assert code == 0, err
+    assert "WRONG" not in out
