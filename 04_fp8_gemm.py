@@ -37,10 +37,7 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +46,6 @@ from torch.nn import functional as F
 try:
     import triton
     from triton import language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # macOS, Windows: the PyTorch twins do it all
     triton = tl = None
 
@@ -96,8 +92,13 @@ def quantize_reference(x: Tensor, rows: int, columns: int, power_of_two=False) -
 # and their product summed in fp32 in another order.
 
 
-# >>> copy: quantize_tiles, quantize_blocks, fp8_gemm, FP8Linear (needs torch, triton, tl)
+# >>> copy: quantize_tiles, quantize_blocks, fp8_gemm, FP8Linear (needs torch, triton, tl, math)
+from collections.abc import Callable
+from functools import cache, partial
+from typing import NamedTuple
+
 if triton is not None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     @triton.jit
     def _to_e4m3(x, scale, BY_HAND: tl.constexpr):
@@ -376,7 +377,10 @@ def programs_at_a_time(out: Tensor, config: Config) -> int:
     return each * torch.cuda.get_device_properties(out.device).multi_processor_count
 
 
-TUNED: dict[tuple, Config] = {}  # the fastest for a shape, on this GPU
+@cache
+def tuned() -> dict[tuple, Config]:
+    """The fastest for each kind of product that this process has timed."""
+    return {}
 
 
 def tuned_gemm(a, a_scales, b, b_scales, out_dtype, ends=None, along_k=False) -> Tensor:
@@ -390,12 +394,13 @@ def tuned_gemm(a, a_scales, b, b_scales, out_dtype, ends=None, along_k=False) ->
     may = [config for config in may if aligned or not config.tma]
     sizes = [(n - 1).bit_length() for n in a.shape]  # a power of two for all that round up to it
     key = a.device, *sizes, b.shape[:-1], b_blocks, out_dtype, aligned, along_k
-    if key not in TUNED and len(may) > 1 and not torch.cuda.is_current_stream_capturing():
+    best = tuned()
+    if key not in best and len(may) > 1 and not torch.cuda.is_current_stream_capturing():
         run = [partial(launch_gemm, *operands, config, ends, along_k) for config in may]
         want = run[0]()
         ms = [milliseconds(one, want) for one in run]
-        TUNED[key] = may[ms.index(min(ms))]
-    return launch_gemm(*operands, TUNED.get(key, may[0]), ends, along_k)
+        best[key] = may[ms.index(min(ms))]
+    return launch_gemm(*operands, best.get(key, may[0]), ends, along_k)
 
 
 def milliseconds(run: Callable[[], Tensor], want: Tensor) -> float:

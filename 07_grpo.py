@@ -35,7 +35,6 @@ Run:  python 07_grpo.py [--quick | --bench | --resume RUN]          3 minutes on
 import argparse
 import contextlib
 import copy
-import importlib.util
 import itertools
 import json
 import math
@@ -46,6 +45,7 @@ import shlex
 import statistics
 import sys
 import time
+import types
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -546,10 +546,8 @@ def load_task(name: str) -> Task:
         raise ValueError(f"--task {name}: want {', '.join(known)}, FILE.jsonl or FILE.py:CLASS")
     if path.suffix == ".jsonl":
         return Questions(path)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    module = sys.modules[path.stem] = types.ModuleType(path.stem)
+    exec(compile(path.read_text("utf-8"), str(path), "exec"), module.__dict__)
     task = getattr(module, kind, None)
     if not (isinstance(task, type) and hasattr(task, "problem") and hasattr(task, "reward")):
         raise ValueError(f"--task {name}: {path} has no class {kind!r} with problem and reward")

@@ -308,7 +308,7 @@ with patch.object(fp8, "has_kernels", lambda x: True), \
     got = gradients()
 for g, w in zip(got, want, strict=True):
     assert g.shape == w.shape and (g - w).abs().max() <= 1e-4
-assert len(fp8.TUNED) == 6 and any(config.swap for config in fp8.TUNED.values())
+assert len(fp8.tuned()) == 6 and any(config.swap for config in fp8.tuned().values())
 
 run = lambda: torch.ones(2)
 with patch.object(triton.testing, "do_bench", lambda run, **_: 1.5):
