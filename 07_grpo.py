@@ -282,7 +282,7 @@ def rollout(
             now, at = active[live], place[active[live]]
             tokens[now, at], logp[now, at - 1], mask[now, at - 1] = chosen[live], chance[live], True
             place[now] += 1
-            ended[active] |= live & (chosen == eos_token_id)
+            ended[active] |= chosen == eos_token_id  # of a row that has ended, it has
             live = live & (chosen != eos_token_id)
             going = int(live.sum())
             if going == 0 or step == max_new_tokens - 1:

@@ -185,6 +185,17 @@ def test_what_the_clip_stops(ratio, advantage, moves):
     assert bool(logp.grad.abs().sum() > 0) == moves and stats["clipped"] == float(not moves)
 
 
+@pytest.mark.parametrize("weigh_kl", [False, True])
+def test_the_weight_of_k3(weigh_kl):
+    logp, old, advantages, mask, ref = batch()
+    loss = lambda beta: grpo_loss(
+        logp, old, advantages, mask, "token", beta=beta, ref_logp=ref, weigh_kl=weigh_kl
+    )[0]
+    k3 = (ref - logp).exp() - (ref - logp) - 1
+    want = (k3 * ((logp - old).exp() if weigh_kl else 1))[mask].mean()
+    assert (loss(0.5) - loss(0.0)).item() == pytest.approx(0.5 * want.item(), abs=1e-12)
+
+
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf, 1e30])
 def test_what_was_not_drawn_may_hold_anything(junk):
     logp, old, advantages, mask, ref = batch()
@@ -394,10 +405,11 @@ def test_skipping_ties_and_packing_change_no_update(model, sampled, advantages, 
         assert (got - plain).abs().max() <= 2e-5, changes
 
 
-def test_update_is_the_gradient_of_the_loss(model, sampled, advantages):
-    got, metrics = updated(model, sampled, advantages)
+@pytest.mark.parametrize("denominator", ["constant", "sequence", "token"])
+def test_update_is_the_gradient_of_the_loss(model, sampled, advantages, denominator):
+    got, metrics = updated(model, sampled, advantages, denominator=denominator)
     logp, entropy = chapter.score(model, sampled.tokens, sampled.mask)
-    divisor = chapter.denominators(sampled.mask, "constant", 20)
+    divisor = torch.full((24,), 24.0 * 20) if denominator == "constant" else denominator
     loss, _ = grpo_loss(logp, sampled.logp, advantages, sampled.mask, divisor)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -668,6 +680,21 @@ def test_a_reward_that_raises_stops_cleanly_with_a_checkpoint(tmp_path):
     whole, _ = train(tmp_path / "other" / "rl", 5, some)
     again, _ = train(tmp_path / "rl", 5, some)
     assert torch.equal(whole, again)
+
+
+def test_the_reference_is_the_policy_as_it_began(tmp_path):
+    _, metrics = train(tmp_path / "rl", 5, some, beta=0.01, updates=1, learning_rate=1e-2)
+    kl = [entry["kl"] for entry in metrics]
+    assert kl[0] <= 1e-6 and kl[4] > 1e-3
+
+
+def test_long_answers_are_penalised(tmp_path):
+    """A limit of 12 tokens, so from 9 on; almost all answers of a random model are as long."""
+    even = lambda problems, texts: [1.0] * len(texts)
+    _, kept = train(tmp_path / "a" / "rl", 1, even)
+    _, penalised = train(tmp_path / "b" / "rl", 1, even, overlong="penalty")
+    assert kept[0]["reward"] == 1 and kept[0]["length"] > 11
+    assert penalised[0]["reward"] < 0.2
 
 
 def test_the_router_bias_is_frozen(tmp_path):
