@@ -87,7 +87,7 @@ def reference_loss(
 # %% 2. The piece ----------------------------------------------------------------------------
 
 
-# >>> copy: group_advantages, process_advantages, kl_k3, grpo_loss (needs torch)
+# >>> copy: group_advantages, process_advantages, kl_k3, denominators, grpo_loss (needs torch)
 def group_advantages(rewards: Tensor, normalize: str = "std") -> Tensor:
     """How much better than its group: (P, G) rewards, G answers to each prompt -> (P, G).
 
@@ -136,6 +136,21 @@ def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     return log_ratio.expm1() - log_ratio
 
 
+def denominators(mask: Tensor, kind: str, constant: float | None = None) -> Tensor:
+    """What the sum over each row's tokens is divided by: mask (B, T) of a whole batch -> (B,).
+
+    "sequence": B times its own tokens (GRPO), "token": all tokens of the batch (DAPO), "constant":
+    B times the constant, the longest answer there can be (Dr.GRPO). ValueError: another name.
+    """
+    B, tokens = len(mask), mask.sum(1)
+    kinds = {"sequence": B * tokens, "token": tokens.sum().expand(B)}
+    if constant is not None:
+        kinds["constant"] = torch.full_like(tokens, B, dtype=torch.float32) * constant
+    if kind not in kinds:
+        raise ValueError(f"denominator is one of {', '.join(kinds)}, not {kind!r}")
+    return kinds[kind].clamp(min=1).float()
+
+
 def grpo_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor,
     denominator: str | Tensor = "sequence", clip: float = 0.2, clip_high: float | None = None,
@@ -144,11 +159,10 @@ def grpo_loss(
     """The clipped surrogate of [1] eq. 3 -> the loss to minimise, and {"clipped", "kl"}.
 
     logp, old_logp: (B, T) ln π of each token, with gradient, and under the policy that drew it;
-    advantages: (B,) or (B, T); mask: (B, T), True where a token was drawn. The sum over a row is
-    divided by denominator: "sequence" (B times its own tokens: GRPO), "token" (all tokens of the
-    batch: DAPO), or a (B,) tensor: B times a constant is Dr.GRPO's, and of a slice of a batch, the
-    whole batch's. clip_high: above 1 + it (DAPO: 0.28), else clip on both sides. beta: of k3 to
-    ref_logp; weigh_kl: times the ratio. ValueError: shapes; beta without ref_logp.
+    advantages: (B,) or (B, T); mask: (B, T), True where a token was drawn. denominator: "sequence",
+    "token", or (B,) by `denominators`, for a slice of a batch those of the whole. clip_high: above
+    1 + it (DAPO: 0.28), else clip on both sides. beta: of k3 to ref_logp; weigh_kl: times the
+    ratio. ValueError: shapes; beta without ref_logp.
 
     On the policy that drew them every ratio is 1, and with equal lengths the advantages cancel: the
     loss is 0. Its gradient is not, −A·∇ln π: watch the rewards instead.
@@ -160,12 +174,8 @@ def grpo_loss(
         raise ValueError(f"want logp, old_logp and mask (B, T), advantages (B,) or (B, T); {got}")
     if beta and (ref_logp is None or ref_logp.shape != logp.shape):
         raise ValueError(f"beta {beta} wants ref_logp {shapes[0]}")
-    tokens = mask.sum(1)  # (B,)
     if isinstance(denominator, str):
-        kinds = {"sequence": len(logp) * tokens, "token": tokens.sum().expand(len(logp))}
-        if denominator not in kinds:
-            raise ValueError(f"denominator is 'sequence', 'token' or (B,), not {denominator!r}")
-        denominator = kinds[denominator].clamp(min=1)
+        denominator = denominators(mask, denominator)
     # what isn't drawn may hold anything, and 0 · inf is NaN: it is replaced and not multiplied
     ratio = torch.where(mask, logp - old_logp.detach(), 0.0).exp()  # (B, T)
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
@@ -177,7 +187,7 @@ def grpo_loss(
     loss = -((per_token * mask).sum(1) / denominator).sum()
     with torch.no_grad():
         binds = (clipped * advantages < ratio * advantages) & mask
-        count = tokens.sum().clamp(min=1)
+        count = mask.sum().clamp(min=1)
         stats = {"clipped": (binds.sum() / count).item(), "kl": ((kl * mask).sum() / count).item()}
     return loss, stats
 
@@ -310,8 +320,9 @@ def draw(
     else:
         logp = mtp.probabilities(logits, temperature, top_p).log()
     # the first token whose cumulated probability exceeds u: a tenth of the time of multinomial
-    upto = logp.exp().cumsum(-1, dtype=torch.float64)
-    u = torch.rand(len(logp), 1, generator=generator, dtype=torch.float64, device=logp.device)
+    wide = torch.float32 if logp.device.type == "mps" else torch.float64
+    upto = logp.exp().cumsum(-1, dtype=wide)
+    u = torch.rand(len(logp), 1, generator=generator, dtype=wide, device=logp.device)
     chosen = (upto <= u * upto[:, -1:]).sum(-1).clamp(max=logp.shape[1] - 1)
     return chosen, logp.gather(1, chosen[:, None])[:, 0]
 
@@ -764,14 +775,6 @@ def packs(lengths: Tensor, budget: int) -> Iterator[Tensor]:
         size = max(1, budget // int(lengths[order[0]]))
         yield order[:size]
         order = order[size:]
-
-
-def denominators(mask: Tensor, kind: str, limit: int) -> Tensor:
-    """mask: (B, T) of a whole batch -> what `grpo_loss` divides each row by, (B,)."""
-    B, tokens = len(mask), mask.sum(1)
-    if kind == "constant":
-        return torch.full((B,), float(B * limit), device=mask.device)
-    return (B * tokens if kind == "sequence" else tokens.sum().expand(B)).clamp(min=1).float()
 
 
 def update(

@@ -688,6 +688,13 @@ def test_the_reference_is_the_policy_as_it_began(tmp_path):
     assert kl[0] <= 1e-6 and kl[4] > 1e-3
 
 
+def test_the_learning_rate_of_each_step(tmp_path, monkeypatch):
+    rates = []
+    monkeypatch.setattr(chapter, "set_rate", lambda optimizer, rate: rates.append(rate))
+    train(tmp_path / "rl", 5, some, warmup=2, final=0.2, learning_rate=1.0)
+    assert rates == pytest.approx([0.5, 0.8, 0.6, 0.4, 0.2])
+
+
 def test_long_answers_are_penalised(tmp_path):
     """A limit of 12 tokens, so from 9 on; almost all answers of a random model are as long."""
     even = lambda problems, texts: [1.0] * len(texts)
