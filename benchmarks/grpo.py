@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import copy
 import io
+import itertools
 import os
 import random
 import statistics
@@ -172,39 +173,49 @@ def collect(model, seed: int, problems: int, samples: int, task=TASK) -> list[tu
     return kept
 
 
-def beyond(job: tuple[str, int], store: Path, steps: int) -> dict:
-    """Equal time: what `steps` of rewards take is given to more examples, and to own ones."""
-    name, seed = job
+def beyond(seed: int, store: Path, steps: int) -> dict:
+    """Rewards, and as many seconds of more examples, or of rounds of its own right answers."""
     model, _ = base_of(seed, store, WEAK)
-    ceiling = look(model)
-    begin = time.process_time()
-    metrics = rewarded(model, Recipe(steps=steps), seed) if name == "rewards" else []
-    budget = 0.9 * steps  # seconds of one core, about what rewards take; checked below
-    if name == "examples":
-        recipe = Examples(50, 32, 2e-4)
-        while time.process_time() - begin < budget:
-            examples(model, TASK.clean, recipe, int(time.process_time()), "more")
-    if name == "own_answers":
-        round_ = 0
-        while time.process_time() - begin < budget:
-            pairs = collect(model, 1000 * seed + round_, 512, 4)
-            examples(
-                model, lambda rng, p=pairs: rng.choice(p), Examples(50, 32, 2e-4), round_, "own"
-            )
-            round_ += 1
-    seconds = time.process_time() - begin
-    return {"ceiling": ceiling, "after": look(model), "seconds": seconds, "metrics": metrics}
+    found = {"weak_base": look(model, seed=1000 + seed)}
+
+    def timed(name: str, learn: Callable) -> float:
+        student, begin = copy.deepcopy(model), time.process_time()
+        learn(student, lambda: time.process_time() - begin)
+        seconds = time.process_time() - begin
+        found[name] = look(student, seed=1000 + seed) | {"seconds": seconds}
+        return seconds
+
+    def more_examples(student, spent: Callable) -> None:
+        for round_ in itertools.count():
+            if spent() >= budget:
+                return
+            examples(student, TASK.clean, Examples(50, 32, 2e-4), round_, "more")
+
+    def own_answers(student, spent: Callable) -> None:
+        for round_ in itertools.count():
+            if spent() >= budget:
+                return
+            own = collect(student, 1000 * seed + round_, 512, 4)
+            examples(student, partial(pick, own), Examples(50, 32, 2e-4), round_, "own")
+
+    budget = timed("rewards", lambda student, _: rewarded(student, Recipe(steps=steps), seed))
+    timed("more_examples", more_examples)
+    timed("own_answers", own_answers)
+    return found
 
 
-def report_beyond(runs: dict[tuple, dict]) -> None:
-    ceilings = {seed: run["ceiling"] for (_, seed), run in runs.items()}
-    spread("weak_base", [c["pass_at_1"] for c in ceilings.values()], "pass@1, always thinking")
-    spread("weak_base_greedy", [c["greedy"] for c in ceilings.values()])
-    for name in dict.fromkeys(name for name, _ in runs):
-        mine = [run for (other, _), run in runs.items() if other == name]
-        seconds = statistics.fmean(run["seconds"] for run in mine)
-        spread(f"{name}", [r["after"]["pass_at_1"] for r in mine], f"{seconds:.0f} s of one core")
-        spread(f"{name}_greedy", [r["after"]["greedy"] for r in mine])
+def pick(pairs: list, rng: random.Random):
+    return rng.choice(pairs)
+
+
+def report_stages(runs: dict[int, dict]) -> None:
+    for stage in next(iter(runs.values())):
+        mine = [run[stage] for run in runs.values()]
+        text = f"; greedy {statistics.fmean(m['greedy'] for m in mine):.3f}"
+        text += f", length {statistics.fmean(m['length'] for m in mine):.1f}"
+        if "seconds" in mine[0]:
+            text += f", {statistics.fmean(m['seconds'] for m in mine):.0f} s of one core"
+        spread(f"pass_at_1_{stage}", [m["pass_at_1"] for m in mine], text)
 
 
 # A reward that leaks --------------------------------------------------------------------------
@@ -256,41 +267,28 @@ class Dense(base.DeepSeek):
 
 def r1(seed: int, store: Path, steps: int) -> dict:
     worked, model = base_of(seed, store)
-    found = {"base": look(worked), "cold start": look(model)}
+    found = {"base": look(worked), "cold_start": look(model)}
     rewarded(model, Recipe(steps=steps), seed)
     found["rewards"] = look(model)
-    own = collect(model, seed, 2048, 4)
-    example = lambda rng: rng.choice(own)
-    student = worked  # R1 goes back to V3-Base, too
-    examples(student, example, Examples(150, 64, 5e-4), seed, "own")
-    found["own answers"] = look(student)
-    rewarded(student, Recipe(steps=steps // 2), seed + 1)
-    found["rewards again"] = look(student)
+    own = partial(pick, collect(model, seed, 2048, 4))
+    examples(worked, own, Examples(150, 64, 5e-4), seed, "own")  # as R1: the base again
+    found["own_answers"] = look(worked)
+    rewarded(worked, Recipe(steps=steps // 2), seed + 1)
+    found["rewards_again"] = look(worked)
 
     torch.manual_seed(seed)
-    dense = Dense()
-    examples(dense, TASK.cold, Examples(450, 64, 2e-3), seed, "cold")  # never shown clean chains
+    dense = Dense()  # its base has seen the cold start's examples only, four of five at once
+    examples(dense, TASK.cold, Examples(450, 64, 2e-3), seed, "cold")
     found["dense"] = look(dense)
-    distilled = copy.deepcopy(dense)
-    begin = time.process_time()
-    examples(distilled, example, Examples(300, 64, 1e-3), seed, "distil")
+    distilled, begin = copy.deepcopy(dense), time.process_time()
+    examples(distilled, own, Examples(300, 64, 1e-3), seed, "distil")
     seconds = time.process_time() - begin
-    found["dense, distilled"] = look(distilled) | {"seconds": seconds}
+    found["dense_distilled"] = look(distilled) | {"seconds": seconds}
     begin = time.process_time()
     rewarded(dense, Recipe(steps=2 * steps), seed)
-    found["dense, rewards alone"] = look(dense) | {"seconds": time.process_time() - begin}
+    seconds = time.process_time() - begin
+    found["dense_rewards_alone"] = look(dense) | {"seconds": seconds}
     return found
-
-
-def report_r1(runs: dict[int, dict]) -> None:
-    for stage in next(iter(runs.values())):
-        mine = [run[stage] for run in runs.values()]
-        text = f"greedy {statistics.fmean(m['greedy'] for m in mine):.3f}"
-        text += f", length {statistics.fmean(m['length'] for m in mine):.1f}"
-        if "seconds" in mine[0]:
-            text += f", {statistics.fmean(m['seconds'] for m in mine):.0f} s of one core"
-        name = stage.replace(",", "").replace(" ", "_")
-        spread(f"pass_at_1_{name}", [m["pass_at_1"] for m in mine], text)
 
 
 # Beside TRL -----------------------------------------------------------------------------------
@@ -414,9 +412,9 @@ def main() -> None:
         "seeds": (seeds, report_seeds, None, 80),
         "variants": (variant, report_variants, list(VARIANTS), 80),
         "stable": (variant, report_stable, ["default", "rate_x5"], 500),
-        "beyond": (beyond, report_beyond, ["rewards", "examples", "own_answers"], 300),
+        "beyond": (beyond, report_stages, None, 300),
         "hack": (hack, report_hack, ["leaky", "fixed"], 40),
-        "r1": (r1, report_r1, None, 80),
+        "r1": (r1, report_stages, None, 80),
         "trl": None,
     }
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
