@@ -155,8 +155,8 @@ def grpo_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor,
     denominator: str | Tensor = "sequence", clip: float = 0.2, clip_high: float | None = None,
     beta: float = 0.0, ref_logp: Tensor | None = None, weigh_kl: bool = False,
-) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-    """The clipped surrogate of [1] eq. 3 -> the loss to minimise, and {"clipped", "kl"}.
+) -> tuple[Tensor, float]:  # fmt: skip
+    """The clipped surrogate of [1] eq. 3 -> the loss to minimise, and the share that is clipped.
 
     logp, old_logp: (B, T) ln π of each token, with gradient, and under the policy that drew it;
     advantages: (B,) or (B, T); mask: (B, T), True where a token was drawn. denominator: "sequence",
@@ -180,16 +180,13 @@ def grpo_loss(
     ratio = torch.where(mask, logp - old_logp.detach(), 0.0).exp()  # (B, T)
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     per_token = torch.minimum(ratio * advantages, clipped * advantages)
-    kl = torch.zeros_like(ratio)
     if beta:
         kl = kl_k3(torch.where(mask, logp, 0.0), torch.where(mask, ref_logp, 0.0))
         per_token = per_token - beta * kl * (ratio if weigh_kl else 1.0)
     loss = -((per_token * mask).sum(1) / denominator).sum()
     with torch.no_grad():
         binds = (clipped * advantages < ratio * advantages) & mask
-        count = mask.sum().clamp(min=1)
-        stats = {"clipped": (binds.sum() / count).item(), "kl": ((kl * mask).sum() / count).item()}
-    return loss, stats
+        return loss, (binds.sum() / mask.sum().clamp(min=1)).item()
 
 
 # <<< copy
@@ -790,8 +787,8 @@ def update(
     if recipe.overlong == "mask":
         mask = mask & sampled.ended[:, None]
     lengths = mask.shape[1] - mask.flip(1).int().argmax(1) + 1  # up to the last that was drawn
-    counts = {"clipped": 0.0, "kl": 0.0, "entropy": 0.0, "gap": 0.0}
-    passes = tokens = 0
+    counts = {"clipped": 0.0, "entropy": 0.0}
+    gap, passes, tokens = 0.0, 0, 0
     for _ in range(recipe.epochs):
         shuffled = torch.randperm(len(mask), generator=generator).to(device)
         for part in shuffled.chunk(recipe.updates):
@@ -812,7 +809,7 @@ def update(
                         with torch.no_grad():
                             ref_logp, _ = score(reference, *arguments)
                     logp, entropy = score(model, *arguments)
-                loss, stats = grpo_loss(
+                loss, clipped = grpo_loss(
                     logp, old, advantages[rows], drawn, divisor[chunk], recipe.clip,
                     recipe.clip_high, recipe.beta, ref_logp, recipe.weigh_kl,
                 )  # fmt: skip
@@ -820,18 +817,17 @@ def update(
                     raise ValueError(f"loss {loss.item()}: lower learning_rate")
                 loss.backward()
                 if passes == 0:
-                    counts["gap"] = max(counts["gap"], (logp - old).abs().max().item())
+                    gap = max(gap, (logp - old).abs().max().item())
                 n = int(drawn.sum())
                 tokens += n
-                for key, value in {**stats, "entropy": entropy.item()}.items():
-                    counts[key] += value * n
+                counts["clipped"] += clipped * n
+                counts["entropy"] += entropy.item() * n
             passes += 1
             if len(part):
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-    means = {key: counts[key] / max(tokens, 1) for key in ("clipped", "kl", "entropy")}
-    return {**means, "gap": counts["gap"]}
+    return {key: total / max(tokens, 1) for key, total in counts.items()} | {"gap": gap}
 
 
 def train_grpo(
@@ -847,7 +843,7 @@ def train_grpo(
     """
     reward = reward or (lambda problems, texts: list(map(task.reward, problems, texts)))
     optimizer = make_optimizer(model, recipe.learning_rate)
-    reference = copy.deepcopy(model).requires_grad_(False) if recipe.beta else None
+    reference = copy.deepcopy(model).requires_grad_(False)
     device, end = model.lm_head.weight.device, encoding.encode_single_token(base.END)
 
     def step(number: int) -> dict:
@@ -871,9 +867,13 @@ def train_grpo(
         rewards = rewards.view(-1, recipe.group)
         advantages = group_advantages(rewards, recipe.advantages).flatten().to(device)
         set_rate(optimizer, recipe.learning_rate * recipe.scale(number))
+        with torch.no_grad():  # one answer of each group is enough to see how far it has moved
+            some = [t[:: recipe.group] for t in (sampled.tokens, sampled.mask, sampled.logp)]
+            kl = kl_k3(some[2], score(reference, *some[:2], recipe.temperature)[0])[some[1]].mean()
         metrics = update(
-            model, optimizer, sampled, advantages, recipe, task.max_new_tokens, shuffler, reference
-        )
+            model, optimizer, sampled, advantages, recipe, task.max_new_tokens, shuffler,
+            reference if recipe.beta else None,
+        )  # fmt: skip
         return {
             "accuracy": statistics.fmean(map(task.correct, asked, texts)),
             "length": sampled.mask.sum().item() / len(texts),
@@ -882,6 +882,7 @@ def train_grpo(
             "thinks": statistics.fmean(bool((parse(text) or " ")[0].strip()) for text in texts),
             "cut": 1 - sampled.ended.float().mean().item(),
             "tied": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+            "kl": kl.item(),
             "rollout_seconds": rollout_seconds,
             **metrics,
         }
@@ -1056,9 +1057,8 @@ def draw_curves(metrics: list[dict], ceiling: float, out: Path) -> None:
     middle.set(xlabel="step", ylabel="tokens of an answer", ylim=(0, None))
     middle.set_title("Answers grow as long as the thoughts they need")
     right.plot(steps, curve("entropy"), label="entropy, nats a token")
+    right.plot(steps, curve("kl"), label="KL to where it began (k3), nats a token")
     right.plot(steps, curve("tied"), label="groups without an advantage", alpha=0.6)
-    if any(curve("kl")):
-        right.plot(steps, curve("kl"), label="k3 to the start, nats a token")
     right.set(xlabel="step", ylim=(0, None))
     right.set_title("The policy makes up its mind")
     right.legend()
