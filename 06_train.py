@@ -1019,6 +1019,7 @@ class Run:
         save_whole(fresh / "training/optimizer.safetensors", lambda path: save_file(moments, path))
         (fresh / "training/state.json").write_text(json.dumps(state))
         if self.checkpoint.exists():
+            shutil.rmtree(old, ignore_errors=True)  # left by a kill below
             os.replace(self.checkpoint, old)
         os.replace(fresh, self.checkpoint)
         shutil.rmtree(old, ignore_errors=True)

@@ -9,25 +9,27 @@ r"""07 · GRPO: rewarded for right answers alone, a model finds out that thinkin
 
 R1-Zero was never shown how to reason. V3 was asked 10,400 batches of questions, a rule checked the
 answers, and AIME 2024 went from 15.6 % to 77.9 % while answers grew to thousands of tokens [2].
-Here the same happens to a model of 0.7 million parameters, in a minute.
+Here the same happens to a model of 0.7 million parameters, in a minute of rewards.
 
     question q ─► G answers oᵢ ─► rewards rᵢ ─► advantages Aᵢ ─► one gradient step
-        │            │  sampled by the model      │ none but the mean of the group to compare with
-     "5-9+7="        └ <think>5-9=96,96+7=3</think><answer>3</answer>
+        │           sampled by     by a rule      against the mean of the group:
+     "5-9+7="       the model                     no second network that guesses values
+                    <think>5-9=96,96+7=3</think><answer>3</answer>
 
-    loss    −1/G Σᵢ 1/|oᵢ| Σₜ min(ρ Aᵢ, clip(ρ, 1−ε, 1+ε) Aᵢ) − β·k3          [1] eq. 3
-    ratio   ρ = π(oᵢₜ) / π_old(oᵢₜ)        of the policy that sampled; 1 at first, its gradient not
+    loss    −1/G Σᵢ 1/|oᵢ| Σₜ [ min(ρA, clip(ρ, 1−ε, 1+ε) A) − β·k3 ]         [1] eq. 3
+    ratio   ρ = π(oᵢₜ) / π_old(oᵢₜ), π_old the policy that sampled: at first 1, with a gradient
     k3      r − ln r − 1, r = π_ref/π      never below 0                       [1] eq. 4
     A       (rᵢ − mean r) / std r          0 where all of a group are equal    [1] §4.1.2
             rᵢ − mean r, and Σₜ / constant for 1/|oᵢ| Σₜ                       [3] Dr.GRPO, default
 
     axis  here                             [1] DeepSeekMath, arXiv:2402.03300
-    B     answers of a batch, P·G          [2] DeepSeek-R1, arXiv:2501.12948
+    B     answers of a batch, P·G          [2] DeepSeek-R1, arXiv:2501.12948v2
     P, G  prompts; answers to each         [3] Dr.GRPO, arXiv:2503.20783
     T     tokens, prompt included          [4] DeepSeek-V3.2, arXiv:2512.02556
 
 Three stages: worked examples teach the model to calculate step by step (its ceiling); a cold start
-hides that, four of five examples answer at once; then rewards alone, on problems it never saw.
+hides that, four of five examples answer at once; then rewards alone. Measured on problems that none
+of the three has seen.
 
 Run:  python 07_grpo.py [--quick | --bench | --resume RUN]          3 minutes on two CPU cores
 """
@@ -49,6 +51,7 @@ import types
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -327,8 +330,8 @@ def draw(
 def score(
     model: base.DeepSeek, tokens: Tensor, mask: Tensor, temperature: float = 1.0,
     routes: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """ln π of tokens[:, 1:] (B, T − 1) where mask is True, else 0; and the mean entropy, in nats.
+) -> Tensor:  # fmt: skip
+    """ln π of tokens[:, 1:] where mask is True, else 0; tokens: (B, T), mask: (B, T − 1).
 
     One pass over the whole of each row, as training has it. routes: of a Rollout, to follow them.
     """
@@ -336,13 +339,11 @@ def score(
         hidden = model.hidden(tokens[:, :-1])[mask]  # (drawn, D)
     all_logp = (model.head(hidden).float() / temperature).log_softmax(-1)  # (drawn, V)
     drawn = all_logp.gather(1, tokens[:, 1:][mask][:, None])[:, 0]
-    logp = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, drawn)
-    with torch.no_grad():
-        entropy = -(all_logp.exp() * all_logp).sum(-1).mean()
-    return logp, entropy
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, drawn)
 
 
 # %% 4. Tasks and rewards ---------------------------------------------------------------------
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 FORMAT = re.compile(r"<think>(.*?)</think>\s*<answer>(.*?)</answer>", re.DOTALL)
 
 
@@ -355,7 +356,7 @@ def parse(response: str) -> tuple[str, str] | None:
 
 
 def format_reward(response: str) -> float:
-    """1 for <think>…</think><answer>…</answer> and nothing else ([2] §2.2.2)."""
+    """1 for <think>…</think><answer>…</answer> and nothing else, as R1-Zero's [2]."""
     return float(parse(response) is not None)
 
 
@@ -366,7 +367,8 @@ def accuracy_reward(response: str, answer: str) -> float:
 
 
 def language_reward(response: str, word: str = r"[A-Za-z]+") -> float:
-    """The share of the thoughts' words that are of the target language ([2] §2.3.2).
+    """The share of the thoughts' words that are of the target language: R1 adds it [2], Clock's
+    thoughts have no words.
 
     word: a regular expression of one. Numbers and signs are no words; no words at all: 1.
     """
@@ -388,10 +390,11 @@ class Problem(NamedTuple):
 class Task:
     """What is asked, and what an answer is worth. Yours: a subclass with `problem`, in any file.
 
-    python 07_grpo.py --init FOLDER --task mine.py:Mine
+    python 07_grpo.py --init FOLDER --task mine.py:Mine; with `clean` and `cold` as Clock has them,
+    without --init. Right is what equals problem.answer as text, unless `correct` says otherwise.
     """
 
-    max_new_tokens = 64
+    max_new_tokens = 64  # of an answer
 
     def problem(self, rng: random.Random, held_out: bool) -> Problem:
         """A problem of one of two sets that share none; the same for the same rng."""
@@ -409,7 +412,7 @@ class Clock(Task):
     """Sums and differences of 4 to 7 digits, from left to right modulo 100: 5-9+7= is 96, then 3.
 
     A tenth is held out, by a hash of the text: no example shows it and no reward is given for it.
-    The single steps that it takes all occur in examples.
+    Almost all single steps that it takes occur in examples.
     """
 
     SIZES = 4, 7  # operands
@@ -484,24 +487,24 @@ class Countdown(Task):
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
-def calculate(text: str) -> float | None:
-    """The value of numbers, + - * / and brackets; None for any other text. Never eval: a model's
-    text is not to be run."""
+def calculate(text: str) -> Fraction | None:
+    """The exact value of numbers, + - * / and brackets; None for any other text. Never eval: a
+    model's text is not to be run."""
     tokens = re.findall(r"\d+|[-+*/()]", text)
     if "".join(tokens) != re.sub(r"\s", "", text) or len(tokens) > 99:
         return None
 
-    def level(operators: str, operand: Callable) -> float:
+    def level(operators: str, operand: Callable) -> Fraction:
         value = operand()
         while tokens and tokens[0] in operators:
             sign = tokens.pop(0)
             value = OPERATIONS[sign](value, operand())
         return value
 
-    def atom() -> float:
+    def atom() -> Fraction:
         token = tokens.pop(0)
         if token != "(":
-            return int(token)
+            return Fraction(token)
         value = level("+-", lambda: level("*/", atom))
         if tokens.pop(0) != ")":
             raise ValueError
@@ -525,22 +528,33 @@ class Questions(Task):
 
     def __init__(self, path: Path):
         sets: tuple[list, list] = [], []
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
+            if not line.strip():
+                continue
             try:
                 entry = json.loads(line)
                 question, answer = str(entry["question"]), str(entry["answer"])
             except (ValueError, KeyError, TypeError):
                 text = f'{path}, line {number}: want {{"question": "…", "answer": "…"}}'
                 raise ValueError(text) from None
-            answer = answer.rpartition("####")[2].strip().replace(",", "")
+            answer = self.plain(answer.rpartition("####")[2])
             held_out = zlib.crc32(question.encode()) % 10 == 0
             sets[held_out].append(Problem(self.ASK.format(question), answer, held_out))
         if not all(sets):
             raise ValueError(f"{path}: want questions in both sets, got {[len(s) for s in sets]}")
         self.sets = sets
 
+    @staticmethod
+    def plain(text: str) -> str:
+        """1,234 is 1234."""
+        return re.sub(r"(?<=\d),(?=\d{3})", "", text).strip()
+
     def problem(self, rng: random.Random, held_out: bool) -> Problem:
         return rng.choice(self.sets[held_out])
+
+    def correct(self, problem: Problem, response: str) -> bool:
+        found = parse(response)
+        return found is not None and self.plain(found[1]) == problem.answer
 
 
 def load_task(name: str) -> Task:
@@ -548,22 +562,23 @@ def load_task(name: str) -> Task:
     known = {"clock": Clock, "countdown": Countdown}
     if name in known:
         return known[name]()
-    file, _, kind = name.partition(":")
-    path = Path(file)
+    file, _, kind = name.rpartition(":")
+    path = Path(name if name.endswith(".jsonl") else file)
     if not path.is_file():
         raise ValueError(f"--task {name}: want {', '.join(known)}, FILE.jsonl or FILE.py:CLASS")
     if path.suffix == ".jsonl":
         return Questions(path)
-    module = sys.modules[path.stem] = types.ModuleType(path.stem)
+    module = types.ModuleType(f"task_in_{path.stem}")
+    sys.modules[module.__name__] = module
     exec(compile(path.read_text("utf-8"), str(path), "exec"), module.__dict__)
     task = getattr(module, kind, None)
-    if not (isinstance(task, type) and hasattr(task, "problem") and hasattr(task, "reward")):
-        raise ValueError(f"--task {name}: {path} has no class {kind!r} with problem and reward")
+    wanted = "problem", "reward", "correct", "max_new_tokens"
+    if not isinstance(task, type) or not all(hasattr(task, attribute) for attribute in wanted):
+        raise ValueError(f"--task {name}: {path} has no class {kind!r} with {', '.join(wanted)}")
     return task()
 
 
 # %% 5. The model and its tokens --------------------------------------------------------------
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 TINY = base.DeepSeekConfig(
     vocab_size=261, hidden_size=128, intermediate_size=256, moe_intermediate_size=64,
     num_hidden_layers=3, first_k_dense_replace=1, num_attention_heads=4, q_lora_rank=None,
@@ -642,11 +657,13 @@ class Recipe:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {known}, not {getattr(self, name)!r}")
-        if self.group < 2 or self.temperature < 1e-5:
-            got = f"{self.group}, {self.temperature}"
-            raise ValueError(f"want a group of 2 or more and a temperature above 0, got {got}")
-        for name in "steps", "prompts", "updates", "epochs", "learning_rate":
-            if not getattr(self, name) > 0:
+        least = {"group": 2, "warmup": 0, "beta": 0, "final": 0, "temperature": 1e-5}
+        least |= dict.fromkeys(("steps", "prompts", "updates", "epochs", "pack"), 1)
+        for name, value in least.items():
+            if not getattr(self, name) >= value:
+                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
+        for name in "learning_rate", "clip", "clip_high":
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
     def scale(self, step: int) -> float:
@@ -664,14 +681,19 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+class BadReward(ValueError):
+    """A reward that raises or is no finite number, and the prompt it is of."""
+
+
 def run_stage(
     model: base.DeepSeek, optimizer, encoding: tiktoken.Encoding, steps: int, folder: Path,
     step: Callable[[int], dict], every: int = 20,
 ) -> list[dict]:  # fmt: skip
     """step(number) -> its metrics, `steps` times over, logged into `folder`, saved at every 20th.
 
-    What lies there already is gone on with. Ctrl-C, or a step that raises, saves first what there
-    is; a step must depend on its number alone, and not on what random numbers went before.
+    What lies there already is gone on with. Ctrl-C ends the step and saves; so does a BadReward,
+    which no step raises once it has touched the weights. A step must depend on its number alone,
+    and not on what random numbers went before.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run, state = base.Run(folder), {"step": 0, "seconds": 0.0}
@@ -685,7 +707,7 @@ def run_stage(
             begin = time.perf_counter()
             try:
                 metrics = step(state["step"])
-            except Exception:
+            except BadReward:
                 save()
                 raise
             state["step"] += 1
@@ -741,7 +763,7 @@ Reward = Callable[[list[Problem], list[str]], Sequence[float]]
 
 
 def checked_rewards(reward: Reward, problems: list[Problem], responses: list[str]) -> Tensor:
-    """A finite number for each -> (B,) fp32, or a ValueError that names the prompt."""
+    """A finite number for each -> (B,) fp32, or a BadReward that names the prompt."""
     try:
         rewards = [float(value) for value in reward(problems, responses)]
     except Exception as error:
@@ -750,17 +772,17 @@ def checked_rewards(reward: Reward, problems: list[Problem], responses: list[str
                 reward([problem], [response])
             except Exception:
                 text = f"the reward of prompt {problem.prompt!r}, response {response!r} raises"
-                raise ValueError(f"{text} {error!r}") from error
+                raise BadReward(f"{text} {error!r}") from error
         raise
     if len(rewards) != len(problems):
-        raise ValueError(
+        raise BadReward(
             f"{len(rewards)} rewards for {len(problems)} responses, the first to prompt "
             f"{problems[0].prompt!r}"
         )
     for problem, response, value in zip(problems, responses, rewards, strict=True):
         if not math.isfinite(value):
             text = f"the reward of prompt {problem.prompt!r}, response {response!r} is {value}"
-            raise ValueError(text)
+            raise BadReward(text)
     return torch.tensor(rewards)
 
 
@@ -777,21 +799,21 @@ def packs(lengths: Tensor, budget: int) -> Iterator[Tensor]:
 def update(
     model: base.DeepSeek, optimizer, sampled: Rollout, advantages: Tensor, recipe: Recipe,
     limit: int, generator: torch.Generator, reference: base.DeepSeek | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """One rollout's updates -> metrics. advantages: (B,); limit: the longest answer, in tokens.
+) -> dict[str, float | None]:  # fmt: skip
+    """One rollout's updates -> the share of tokens clipped, and the gap, of rows with an advantage.
 
-    What the sampler says of its tokens stands for the old policy: it is the one that drew them, so
-    no pass is spent on it, and the first update's ratios are 1 but for rounding (see "gap").
+    advantages: (B,); limit: the longest answer, in tokens. What the sampler says of its tokens
+    stands for the old policy: it is the one that drew them, so no pass is spent on it, and the
+    first update's ratios are 1 but for rounding: its largest |ln ρ| is the gap.
     """
     device, mask = sampled.tokens.device, sampled.mask
     if recipe.overlong == "mask":
         mask = mask & sampled.ended[:, None]
     lengths = mask.shape[1] - mask.flip(1).int().argmax(1) + 1  # up to the last that was drawn
-    counts = {"clipped": 0.0, "entropy": 0.0}
-    gap, passes, tokens = 0.0, 0, 0
-    for _ in range(recipe.epochs):
+    clipped, tokens, gap = 0.0, 0, None
+    for epoch in range(recipe.epochs):
         shuffled = torch.randperm(len(mask), generator=generator).to(device)
-        for part in shuffled.chunk(recipe.updates):
+        for number, part in enumerate(shuffled.chunk(recipe.updates)):
             divisor = denominators(mask[part], recipe.denominator, limit)  # of all that were drawn
             used = mask[part].any(1)
             if recipe.skip_ties and not recipe.beta:
@@ -801,33 +823,29 @@ def update(
                 rows, T = part[chunk], int(lengths[part[chunk]].max())
                 drawn, old = mask[rows, : T - 1], sampled.logp[rows, : T - 1]
                 routes = sampled.routes[rows, :T] if recipe.replay else None
-                arguments = sampled.tokens[rows, :T], drawn, recipe.temperature, routes
+                arguments = sampled.tokens[rows, :T], drawn, recipe.temperature
                 ref_logp = None
-                narrow = base.autocast(device) if recipe.bf16 else contextlib.nullcontext()
-                with narrow:
+                with base.autocast(device) if recipe.bf16 else contextlib.nullcontext():
                     if reference is not None:
                         with torch.no_grad():
-                            ref_logp, _ = score(reference, *arguments)
-                    logp, entropy = score(model, *arguments)
-                loss, clipped = grpo_loss(
+                            ref_logp = score(reference, *arguments)  # by its own routes
+                    logp = score(model, *arguments, routes)
+                loss, share = grpo_loss(
                     logp, old, advantages[rows], drawn, divisor[chunk], recipe.clip,
                     recipe.clip_high, recipe.beta, ref_logp, recipe.weigh_kl,
                 )  # fmt: skip
-                if not loss.isfinite():
-                    raise ValueError(f"loss {loss.item()}: lower learning_rate")
                 loss.backward()
-                if passes == 0:
-                    gap = max(gap, (logp - old).abs().max().item())
-                n = int(drawn.sum())
-                tokens += n
-                counts["clipped"] += clipped * n
-                counts["entropy"] += entropy.item() * n
-            passes += 1
+                if epoch == number == 0:
+                    gap = max(gap or 0.0, (logp - old).abs().max().item())
+                clipped += share * int(drawn.sum())
+                tokens += int(drawn.sum())
             if len(part):
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                if not norm.isfinite():
+                    raise ValueError(f"the gradient's norm is {norm.item()}: lower learning_rate")
                 optimizer.step()
                 optimizer.zero_grad()
-    return {key: total / max(tokens, 1) for key, total in counts.items()} | {"gap": gap}
+    return {"clipped": clipped / tokens if tokens else None, "gap": gap}
 
 
 def train_grpo(
@@ -858,18 +876,23 @@ def train_grpo(
             eos_token_id=end, generator=generator, record_routes=recipe.replay,
         )  # fmt: skip
         rollout_seconds = time.perf_counter() - begin
+        if not sampled.logp.isfinite().all():
+            raise ValueError("the policy's probabilities are no numbers any more")
         texts = decode_answers(encoding, sampled)
         asked = [problem for problem in problems for _ in range(recipe.group)]
         rewards = checked_rewards(reward, asked, texts)
         if recipe.overlong == "penalty":
             limit, lengths = task.max_new_tokens, sampled.mask.sum(1).tolist()
-            rewards += torch.tensor([overlong_penalty(n, limit, limit // 4) for n in lengths])
+            rewards += torch.tensor(
+                [overlong_penalty(n, limit, max(limit // 4, 1)) for n in lengths]
+            )
         rewards = rewards.view(-1, recipe.group)
         advantages = group_advantages(rewards, recipe.advantages).flatten().to(device)
         set_rate(optimizer, recipe.learning_rate * recipe.scale(number))
         with torch.no_grad():  # one answer of each group is enough to see how far it has moved
             some = [t[:: recipe.group] for t in (sampled.tokens, sampled.mask, sampled.logp)]
-            kl = kl_k3(some[2], score(reference, *some[:2], recipe.temperature)[0])[some[1]].mean()
+            ref_logp = score(reference, *some[:2], recipe.temperature)
+            kl = kl_k3(some[2], ref_logp)[some[1]].mean()
         metrics = update(
             model, optimizer, sampled, advantages, recipe, task.max_new_tokens, shuffler,
             reference if recipe.beta else None,
@@ -883,6 +906,7 @@ def train_grpo(
             "cut": 1 - sampled.ended.float().mean().item(),
             "tied": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
             "kl": kl.item(),
+            "entropy": -sampled.logp[sampled.mask].mean().item(),  # nats a token, estimated
             "rollout_seconds": rollout_seconds,
             **metrics,
         }
@@ -903,10 +927,14 @@ def evaluate(
     model: base.DeepSeek, encoding: tiktoken.Encoding, task: Task, problems: int = 256,
     samples: int = 8, seed: int = 777,
 ) -> dict[str, float]:  # fmt: skip
-    """Held-out problems, always the same ones: T = 1, `samples` answers to each, and greedy."""
+    """Held-out problems, always the same ones: T = 1, `samples` answers to each, and greedy.
+
+    As many as `problems`, or as there are: a file of questions may hold fewer.
+    """
     model.eval()
     rng = random.Random(seed)
-    asked = [task.problem(rng, held_out=True) for _ in range(problems)]
+    drawn = (task.problem(rng, held_out=True) for _ in range(20 * problems))
+    asked = list(itertools.islice(dict.fromkeys(drawn), problems))
     prompts = [encode_prompt(encoding, problem.prompt) for problem in asked]
     end = encoding.encode_single_token(base.END)
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
@@ -915,7 +943,7 @@ def evaluate(
     )
     texts = decode_answers(encoding, drawn)
     right = [task.correct(asked[i // samples], text) for i, text in enumerate(texts)]
-    counts = np.array(right).reshape(problems, samples).sum(1)
+    counts = np.array(right).reshape(len(asked), samples).sum(1)
     result = {
         f"pass_at_{k}": statistics.fmean(pass_at_k(samples, int(c), k) for c in counts)
         for k in (1, 4, 8)
@@ -924,7 +952,8 @@ def evaluate(
     greedy = rollout(model, prompts, task.max_new_tokens, temperature=0, eos_token_id=end)
     greedy_texts = decode_answers(encoding, greedy)
     return result | {
-        "error": float(np.std(counts / samples) / math.sqrt(problems)),  # standard, of pass_at_1
+        "problems": len(asked),
+        "error": float(np.std(counts / samples) / math.sqrt(len(asked))),  # standard, of pass_at_1
         "greedy": statistics.fmean(map(task.correct, asked, greedy_texts)),
         "format": statistics.fmean(map(format_reward, texts)),
         "thinks": statistics.fmean(bool((parse(text) or " ")[0].strip()) for text in texts),
@@ -987,7 +1016,7 @@ def verify_sampler(model: base.DeepSeek, encoding: tiktoken.Encoding, task: Task
         record_routes=True,
     )  # fmt: skip
     with torch.no_grad(), watched_routes(model) as seen:
-        logp, _ = score(model, sampled.tokens, sampled.mask)
+        logp = score(model, sampled.tokens, sampled.mask)
     check("sampler's ln π = trainer's", sampled.logp, logp, 1e-4)  # fp32
     kept = sampled.routes[:, :-1][sampled.mask].sort(-1).values  # (drawn, mixtures, K)
     again = torch.stack(seen, 1).unflatten(0, sampled.mask.shape)[sampled.mask].sort(-1).values
@@ -999,7 +1028,7 @@ def verify_sampler(model: base.DeepSeek, encoding: tiktoken.Encoding, task: Task
         torch.autocast(device.type, torch.bfloat16),
         watched_routes(model) as seen,
     ):
-        logp, _ = score(model, sampled.tokens, sampled.mask)
+        logp = score(model, sampled.tokens, sampled.mask)
     again = torch.stack(seen, 1).unflatten(0, sampled.mask.shape)[sampled.mask].sort(-1).values
     other = (kept != again).any(-1).any(-1).float().mean().item()
     gap = (logp - sampled.logp).abs().max().item()
@@ -1031,8 +1060,8 @@ def without_cache(model, prompts: list, max_new_tokens: int, end: int) -> list[l
     return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
 
-def draw_curves(metrics: list[dict], ceiling: float, out: Path) -> None:
-    """Accuracy and share that thinks; length; entropy and clipping, over the steps of RL."""
+def draw_curves(metrics: list[dict], ceiling: float | None, out: Path) -> None:
+    """Right answers and thinking; length; entropy, distance and ties, over the steps of RL."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1044,10 +1073,12 @@ def draw_curves(metrics: list[dict], ceiling: float, out: Path) -> None:
     left.plot(steps, curve("accuracy"), label="right answers")
     left.plot(steps, curve("thinks"), label="answers with thoughts", alpha=0.6)
     left.plot(steps, curve("format"), label="right form", alpha=0.6, lw=0.8)
-    text = "right answers before the cold start hid it"
-    left.axhline(ceiling, ls="--", lw=0.8, color="gray", label=text)
+    if ceiling is not None:
+        text = "right answers before the cold start hid it"
+        left.axhline(ceiling, ls="--", lw=0.8, color="gray", label=text)
     left.set(xlabel="step", ylabel="share of a batch, T = 1", ylim=(0, 1.08))
-    left.set_title("Rewards alone bring the thinking back")
+    gained = metrics[-1]["accuracy"] > metrics[0]["accuracy"] + 0.1
+    left.set_title("Rewards alone bring the thinking back" if gained else "No gain from rewards")
     left.legend(loc="lower center")
     inset = left.inset_axes((0.55, 0.42, 0.4, 0.28))
     inset.plot((0, 10_400), (0.156, 0.779), "o--", lw=0.8, color="tab:red")  # [2]
@@ -1055,12 +1086,12 @@ def draw_curves(metrics: list[dict], ceiling: float, out: Path) -> None:
     inset.tick_params(labelsize=6)
     middle.plot(steps, curve("length"), color="tab:green")
     middle.set(xlabel="step", ylabel="tokens of an answer", ylim=(0, None))
-    middle.set_title("Answers grow as long as the thoughts they need")
+    middle.set_title("Length of an answer")
     right.plot(steps, curve("entropy"), label="entropy, nats a token")
     right.plot(steps, curve("kl"), label="KL to where it began (k3), nats a token")
     right.plot(steps, curve("tied"), label="groups without an advantage", alpha=0.6)
     right.set(xlabel="step", ylim=(0, None))
-    right.set_title("The policy makes up its mind")
+    right.set_title("How sure the policy is, how far it has moved")
     right.legend()
     figure.savefig(out, dpi=120)
     plt.close(figure)
@@ -1105,6 +1136,9 @@ def bench(model: base.DeepSeek, encoding: tiktoken.Encoding, task: Task) -> None
 STAGES = {"worked": Examples(1300, 32, 2e-3), "cold": Examples(150, 64, 5e-4)}
 
 
+KEPT = "task", "init", "steps", "quick", "seed"
+
+
 def arguments() -> argparse.Namespace:
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1121,6 +1155,9 @@ def arguments() -> argparse.Namespace:
     args = cli.parse_args()
     if args.steps is not None and args.steps < 1:
         cli.error(f"--steps must be positive, got {args.steps}")
+    for name in KEPT if args.resume else ():
+        if getattr(args, name) != cli.get_default(name):
+            cli.error(f"--{name}: a resumed run keeps what it was begun with")
     return args
 
 
@@ -1128,7 +1165,7 @@ def take_over(args: argparse.Namespace) -> None:
     """--resume: the settings are those that the run was begun with."""
     try:
         entry = json.loads((args.resume / "run.json").read_text())
-        for key in "task", "init", "steps", "quick", "seed":
+        for key in KEPT:
             setattr(args, key, entry[key])
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"--resume {args.resume} is no folder of a run: {error!r}") from None
@@ -1140,12 +1177,13 @@ def begin_run(args: argparse.Namespace) -> Path:
     names = itertools.chain(["grpo"], (f"grpo-{n}" for n in itertools.count(2)))
     folder = next(args.out / name for name in names if not (args.out / name).exists())
     folder.mkdir(parents=True)
-    entry = {
+    entry = {key: getattr(args, key) for key in (*KEPT, "device")} | {
         "command": shlex.join(["python", "07_grpo.py", *sys.argv[1:]]),
         "commit": base.commit(),
-        **{key: getattr(args, key) for key in ("task", "steps", "quick", "seed", "device")},
         "init": args.init and str(args.init.resolve()),
     }
+    if Path(args.task.rpartition(":")[0] or args.task).is_file():  # may be resumed from elsewhere
+        entry["task"] = str(Path(args.task).resolve())
     (folder / "run.json").write_text(json.dumps(entry, indent=1) + "\n")
     return folder
 
@@ -1167,10 +1205,18 @@ def lesson(args: argparse.Namespace) -> None:
     except Exception as error:  # each backend raises a type of its own
         reason = str(error).splitlines()[0][:100]
         raise ValueError(f"cannot run on --device {args.device}: {reason}") from None
-    if args.init is None and not hasattr(task, "clean"):
+    if args.init is None and not (hasattr(task, "clean") and hasattr(task, "cold")):
         raise ValueError(f"--task {args.task} has no worked examples: want --init FOLDER")
     torch.manual_seed(args.seed)
     model, encoding = begin_model(args)
+    for held_out in False, True:  # what may fail does so before anything is written
+        try:
+            prompt = task.problem(random.Random(args.seed), held_out).prompt
+        except NotImplementedError:
+            raise ValueError(f"--task {args.task} doesn't say what its problems are") from None
+        room = len(encode_prompt(encoding, prompt)) + task.max_new_tokens
+        if room > (limit := model.config.max_position_embeddings):
+            raise ValueError(f"prompt {prompt!r} and its answer, {room} tokens, are over {limit}")
     folder = args.resume or begin_run(args)
     recipe = replace(Recipe(), steps=args.steps) if args.steps else Recipe()
     stages, problems = STAGES, 256
@@ -1190,21 +1236,22 @@ def lesson(args: argparse.Namespace) -> None:
         before, said_before = look(), transcript(model, encoding, task, args.seed)
         metrics = train_grpo(model, encoding, task, recipe, folder / "rl", args.seed)
     except KeyboardInterrupt:
-        print(f"stopped  saved; go on with: python 07_grpo.py --resume {folder}")
+        print(f"stopped  go on with: python 07_grpo.py --resume {folder}")
         raise SystemExit(130) from None
     after, said_after = look(), transcript(model, encoding, task, args.seed)
     verify_sampler(model, encoding, task)
-    report(before, after, ceiling, metrics, recipe, problems)
-    measure("seconds", time.perf_counter() - begin, "s in all")
-    draw_curves(metrics, (ceiling or after)["pass_at_1"], folder / "curves.png")
+    report(before, after, ceiling, metrics, recipe)
+    since = "since it was resumed" if args.resume else "in all"
+    measure("seconds", time.perf_counter() - begin, f"s {since}")
+    draw_curves(metrics, ceiling and ceiling["pass_at_1"], folder / "curves.png")
     print(f"figure   {folder / 'curves.png'}")
     print(f"before   {said_before!r}\nafter    {said_after!r}")
     if args.bench:
         bench(model, encoding, task)
 
 
-def report(before, after, ceiling, metrics, recipe: Recipe, problems: int) -> None:
-    set_ = f"{problems} held-out problems"
+def report(before, after, ceiling, metrics, recipe: Recipe) -> None:
+    set_ = f"{after['problems']} held-out problems"
     if ceiling:
         measure(
             "ceiling", ceiling["pass_at_1"], "pass@1 after worked examples, before the cold start"
@@ -1225,8 +1272,8 @@ def report(before, after, ceiling, metrics, recipe: Recipe, problems: int) -> No
     measure("thinks_after", after["thinks"], f"before {before['thinks']:.3f}")
     text = f"x, from {before['length']:.1f} to {after['length']:.1f} tokens"
     measure("length_ratio", after["length"] / before["length"], text)
-    gap = max(entry["gap"] for entry in metrics)
-    measure("worst_gap", gap, "nats, ln π of sampler and trainer, of all steps")
+    if gaps := [entry["gap"] for entry in metrics if entry["gap"] is not None]:
+        measure("worst_gap", max(gaps), "nats, ln π of sampler and trainer, all first updates")
     count = recipe.prompts * recipe.group * len(metrics)
     seconds, sampling = metrics[-1]["seconds"], sum(e["rollout_seconds"] for e in metrics)
     text = f"update included; sampling is {sampling / seconds:.0%} of the time"

@@ -185,21 +185,21 @@ def beyond(seed: int, store: Path, steps: int) -> dict:
         found[name] = look(student, seed=1000 + seed) | {"seconds": seconds}
         return seconds
 
-    def more_examples(student, spent: Callable) -> None:
-        for round_ in itertools.count():
-            if spent() >= budget:
-                return
-            examples(student, TASK.clean, Examples(50, 32, 2e-4), round_, "more")
+    def at_rate(student, example: Callable, spent: Callable) -> None:
+        """One run, one optimizer, as long as the budget lasts by the time of its first 20 steps."""
+        begin = spent()
+        examples(copy.deepcopy(student), example, Examples(20, 32, 5e-4), seed, "pace")
+        steps = int((budget - spent()) / (spent() - begin) * 20)
+        examples(student, example, Examples(steps, 32, 5e-4), seed, "more")
 
     def own_answers(student, spent: Callable) -> None:
-        for round_ in itertools.count():
-            if spent() >= budget:
-                return
-            own = collect(student, 1000 * seed + round_, 512, 4)
-            examples(student, partial(pick, own), Examples(50, 32, 2e-4), round_, "own")
+        own, rounds = [], itertools.count(1000 * seed)
+        while spent() < budget / 2:
+            own += collect(student, next(rounds), 512, 4)
+        at_rate(student, partial(pick, own), spent)
 
     budget = timed("rewards", lambda student, _: rewarded(student, Recipe(steps=steps), seed))
-    timed("more_examples", more_examples)
+    timed("more_examples", lambda student, spent: at_rate(student, TASK.clean, spent))
     timed("own_answers", own_answers)
     return found
 
@@ -349,8 +349,9 @@ def trl(store: Path, rounds: int = 7, steps: int = 10) -> None:
     def ours(bf16: bool, skip_ties: bool = False) -> float:
         model = base.DeepSeek.from_pretrained(cold)
         recipe = Recipe(steps=steps, skip_ties=skip_ties, bf16=bf16)
-        metrics = rewarded(model, recipe, 0)
-        return (metrics[-1]["seconds"] - metrics[0]["seconds"]) / (steps - 1)
+        begin = time.perf_counter()
+        metrics = rewarded(model, recipe, 0)  # logging and saving included
+        return (time.perf_counter() - begin - metrics[0]["seconds"]) / (steps - 1)
 
     kinds: dict[str, Callable[[], float]] = {
         "ours_fp32": lambda: ours(False),
@@ -412,7 +413,7 @@ def main() -> None:
         "seeds": (seeds, report_seeds, None, 80),
         "variants": (variant, report_variants, list(VARIANTS), 80),
         "stable": (variant, report_stable, ["default", "rate_x5"], 500),
-        "beyond": (beyond, report_stages, None, 300),
+        "beyond": (beyond, report_stages, None, 600),
         "hack": (hack, report_hack, ["leaky", "fixed"], 40),
         "r1": (r1, report_stages, None, 80),
         "trl": None,
