@@ -315,7 +315,9 @@ def draw(
     logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """logits: (B, V) -> tokens (B,), ln of the probability that each was drawn with (B,)."""
-    if temperature > 0 and top_p == 1:
+    if temperature == 0:
+        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
+    if top_p == 1:
         logp = (logits.float() / temperature).log_softmax(-1)
     else:
         logp = mtp.probabilities(logits, temperature, top_p).log()
@@ -1079,8 +1081,8 @@ def draw_curves(metrics: list[dict], ceiling: float | None, out: Path) -> None:
     left.set(xlabel="step", ylabel="share of a batch, T = 1", ylim=(0, 1.08))
     gained = metrics[-1]["accuracy"] > metrics[0]["accuracy"] + 0.1
     left.set_title("Rewards alone bring the thinking back" if gained else "No gain from rewards")
-    left.legend(loc="lower center")
-    inset = left.inset_axes((0.55, 0.42, 0.4, 0.28))
+    left.legend(loc="lower right", fontsize=8)
+    inset = left.inset_axes((0.5, 0.45, 0.4, 0.25))
     inset.plot((0, 10_400), (0.156, 0.779), "o--", lw=0.8, color="tab:red")  # [2]
     inset.set_title("R1-Zero, AIME 2024: first and last", fontsize=7)
     inset.tick_params(labelsize=6)
