@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.11,<=2.13", "matplotlib>=3.8", "numpy>=1.26"]
+# dependencies = [
+#   "torch>=2.11,<=2.13", "triton>=3.6; sys_platform == 'linux'", "matplotlib>=3.8", "numpy>=1.26",
+# ]
 # ///
 r"""01 · Attention: every token asks a question of all the tokens before it.
 
@@ -44,6 +46,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+try:
+    import triton
+    from triton import language as tl
+except ImportError:  # macOS, Windows: the PyTorch twins do it all
+    triton = tl = None
 
 # %% 1. The equation, word for word ----------------------------------------------------------
 # Every attention function of this chapter has this signature, so each can stand in for another.
@@ -239,7 +247,7 @@ class GroupedQueryAttention(nn.Module):
 # shrink both when a larger score turns up.
 
 
-# >>> copy: online_softmax_attention, flash_attention, tiled_attention (needs torch)
+# >>> copy: online_softmax_attention, flash_attention, tiled_attention (needs torch, triton, tl)
 def online_softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, mask=None, block=128
 ) -> Tensor:
@@ -282,6 +290,227 @@ def fitting(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) 
     return None if mask is None else mask.expand(B, H, T, S)
 
 
+# The kernels. A row's weights are 2^(score − lse), lse = log₂ Σ 2^score of the row: forward keeps
+# it, and backward needs nothing else to make them again. A width such as MLA's 192 is no power of
+# two, as a tile's must be: its channels come in two parts, D1 = 128 and D2 = 64.
+if triton is not None:
+
+    @triton.jit
+    def _rows(at, row, count, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+        """Channels FIRST to FIRST + WIDTH of these rows; 0 past the last row or channel D."""
+        d = FIRST + tl.arange(0, WIDTH)
+        inside = (row[:, None] < count) & (d[None, :] < D)
+        return tl.load(at + row[:, None].to(tl.int64) * stride + d[None, :], mask=inside, other=0.0)
+
+    @triton.jit
+    def _write(at, value, row, count, stride, FIRST: tl.constexpr, D: tl.constexpr):
+        d = FIRST + tl.arange(0, value.shape[1])
+        inside = (row[:, None] < count) & (d[None, :] < D)
+        place = at + row[:, None].to(tl.int64) * stride + d[None, :]
+        tl.store(place, value.to(at.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def flash_forward_kernel(
+        q, k, v, out, lse, q_b, q_h, q_t, k_b, k_g, k_s, v_b, v_g, v_s, H, PER_GROUP, T, S, scale,
+        CAUSAL: tl.constexpr, D: tl.constexpr, V: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+        VP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """BM queries of one head; q_b, …: strides. scale: of scores in base 2; out: whole rows."""
+        tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        b, h = head // H, head % H
+        q += b * q_b + h * q_h
+        k += b * k_b + h // PER_GROUP * k_g
+        v += b * v_b + h // PER_GROUP * v_g
+        m = tile * BM + tl.arange(0, BM)
+        q1 = _rows(q, m, T, q_t, 0, D1, D)
+        if D2:
+            q2 = _rows(q, m, T, q_t, D1, D2, D)
+        row_max, row_sum = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
+        total = tl.zeros((BM, VP), tl.float32)
+        end = tl.minimum(S, S - T + (tile + 1) * BM) if CAUSAL else S
+        for start in range(0, end, BN):
+            n = start + tl.arange(0, BN)
+            k1 = _rows(k, n, S, k_s, 0, D1, D)
+            scores = tl.dot(q1, k1.T, input_precision=PRECISION)  # (BM, BN)
+            if D2:
+                k2 = _rows(k, n, S, k_s, D1, D2, D)
+                scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
+            seen = n[None, :] < S
+            if CAUSAL:
+                seen = seen & (n[None, :] <= S - T + m[:, None])
+            scores = tl.where(seen, scores * scale, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(scores, 1))  # finite: every row sees key 0
+            weights = tl.math.exp2(scores - new_max[:, None])
+            shrink = tl.math.exp2(row_max - new_max)
+            row_sum = row_sum * shrink + tl.sum(weights, 1)
+            v_tile = _rows(v, n, S, v_s, 0, VP, V)
+            weights = weights.to(v_tile.dtype)
+            total = tl.dot(weights, v_tile, total * shrink[:, None], input_precision=PRECISION)
+            row_max = new_max
+        _write(out + head * T * V, total / row_sum[:, None], m, T, V, 0, V)
+        tl.store(lse + head * T + m, row_max + tl.math.log2(row_sum), mask=m < T)
+
+    @triton.jit
+    def flash_keys_kernel(
+        q, k, v, do, lse, delta, dk, dv, q_b, q_h, q_t, k_b, k_g, k_s, v_b, v_g, v_s,
+        G, PER_GROUP, T, S, scale, natural_scale,
+        CAUSAL: tl.constexpr, D: tl.constexpr, V: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+        VP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """dk and dv of BN keys, over all queries of all heads that share them: no atomic sums.
+
+        delta: Σ do·out of each row; ds = weights · (do vᵀ − delta), dk = dsᵀ q, dv = weightsᵀ do.
+        """
+        tile, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        b, g = group // G, group % G
+        k += b * k_b + g * k_g
+        v += b * v_b + g * v_g
+        n = tile * BN + tl.arange(0, BN)
+        k1, v_tile = _rows(k, n, S, k_s, 0, D1, D), _rows(v, n, S, v_s, 0, VP, V)
+        dk1, dv_sum = tl.zeros((BN, D1), tl.float32), tl.zeros((BN, VP), tl.float32)
+        if D2:
+            k2, dk2 = _rows(k, n, S, k_s, D1, D2, D), tl.zeros((BN, D2), tl.float32)
+        first = tl.maximum(tile * BN - (S - T), 0) // BM * BM if CAUSAL else 0
+        for h in range(0, PER_GROUP):
+            head = group * PER_GROUP + h  # of all B·H
+            q_head = q + b * q_b + (g * PER_GROUP + h) * q_h
+            for start in range(first, T, BM):
+                m = start + tl.arange(0, BM)
+                q1, do_tile = (
+                    _rows(q_head, m, T, q_t, 0, D1, D),
+                    _rows(do + head * T * V, m, T, V, 0, VP, V),
+                )
+                scores = tl.dot(k1, q1.T, input_precision=PRECISION)  # (BN, BM)
+                if D2:
+                    q2 = _rows(q_head, m, T, q_t, D1, D2, D)
+                    scores = tl.dot(k2, q2.T, scores, input_precision=PRECISION)
+                row_lse = tl.load(lse + head * T + m, mask=m < T, other=float("inf"))  # 2^-inf: 0
+                weights = tl.math.exp2(scores * scale - row_lse[None, :])
+                if CAUSAL:
+                    weights = tl.where(n[:, None] <= S - T + m[None, :], weights, 0.0)
+                narrow = weights.to(do_tile.dtype)
+                dv_sum = tl.dot(narrow, do_tile, dv_sum, input_precision=PRECISION)
+                dp = tl.dot(v_tile, do_tile.T, input_precision=PRECISION)
+                row_delta = tl.load(delta + head * T + m, mask=m < T, other=0.0)
+                ds = (weights * (dp - row_delta[None, :])).to(q1.dtype)
+                dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
+                if D2:
+                    dk2 = tl.dot(ds, q2, dk2, input_precision=PRECISION)
+        _write(dk + group * S * D, dk1 * natural_scale, n, S, D, 0, D)
+        if D2:
+            _write(dk + group * S * D, dk2 * natural_scale, n, S, D, D1, D)
+        _write(dv + group * S * V, dv_sum, n, S, V, 0, V)
+
+    @triton.jit
+    def flash_queries_kernel(
+        q, k, v, do, lse, delta, dq, q_b, q_h, q_t, k_b, k_g, k_s, v_b, v_g, v_s,
+        H, PER_GROUP, T, S, scale, natural_scale,
+        CAUSAL: tl.constexpr, D: tl.constexpr, V: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+        VP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """dq = ds k of BM queries of one head."""
+        tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        b, h = head // H, head % H
+        q += b * q_b + h * q_h
+        k += b * k_b + h // PER_GROUP * k_g
+        v += b * v_b + h // PER_GROUP * v_g
+        m = tile * BM + tl.arange(0, BM)
+        q1, do_tile = _rows(q, m, T, q_t, 0, D1, D), _rows(do + head * T * V, m, T, V, 0, VP, V)
+        dq1 = tl.zeros((BM, D1), tl.float32)
+        if D2:
+            q2, dq2 = _rows(q, m, T, q_t, D1, D2, D), tl.zeros((BM, D2), tl.float32)
+        row_lse = tl.load(lse + head * T + m, mask=m < T, other=float("inf"))
+        row_delta = tl.load(delta + head * T + m, mask=m < T, other=0.0)
+        end = tl.minimum(S, S - T + (tile + 1) * BM) if CAUSAL else S
+        for start in range(0, end, BN):
+            n = start + tl.arange(0, BN)
+            k1, v_tile = _rows(k, n, S, k_s, 0, D1, D), _rows(v, n, S, v_s, 0, VP, V)
+            scores = tl.dot(q1, k1.T, input_precision=PRECISION)
+            if D2:
+                k2 = _rows(k, n, S, k_s, D1, D2, D)
+                scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
+            weights = tl.math.exp2(scores * scale - row_lse[:, None])
+            if CAUSAL:  # keys past the last are 0, and so is what they add to dq
+                weights = tl.where(n[None, :] <= S - T + m[:, None], weights, 0.0)
+            dp = tl.dot(do_tile, v_tile.T, input_precision=PRECISION)
+            ds = (weights * (dp - row_delta[:, None])).to(k1.dtype)
+            dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+            if D2:
+                dq2 = tl.dot(ds, k2, dq2, input_precision=PRECISION)
+        _write(dq + head * T * D, dq1 * natural_scale, m, T, D, 0, D)
+        if D2:
+            _write(dq + head * T * D, dq2 * natural_scale, m, T, D, D1, D)
+
+
+def flash_configs(D: int, V: int, itemsize: int, capability: tuple[int, int]) -> dict:
+    """(BM, BN, warps, stages) of each kernel; the tests compile them and find nothing spilt."""
+    widest = max(D, V)
+    if itemsize == 4:
+        small = (16, 16, 4, 1)
+        return {
+            "forward": small,
+            "keys": small,
+            "queries": (32, 32, 8, 1) if 128 < widest <= 192 else (16, 16, 8, 1),
+        }
+    if widest > 192:
+        return dict.fromkeys(("forward", "keys", "queries"), (32, 32, 8, 1))
+    if capability[0] == 9:  # wgmma wants 64 rows
+        keys, queries = (64 if widest <= 128 else 32, 64, 8, 2), (128, 64, 8, 2)
+        return {"forward": (128, 64, 8, 3), "keys": keys, "queries": queries}
+    if capability[0] == 10:
+        forward = (128, 64, 8, 3) if widest > 64 else (64, 64, 8, 2)
+        return {"forward": forward, "keys": (64, 32, 8, 2), "queries": (64, 64, 4, 2)}
+    keys = (32, 64 if widest <= 128 else 32, 8, 1)
+    return {"forward": (64, 32, 4, 2), "keys": keys, "queries": (32, 32, 4, 1)}
+
+
+class _FlashAttention(torch.autograd.Function):
+    """Forward and backward by the kernels; the same bits at every run."""
+
+    @staticmethod
+    def launch(kernel, which: str, q, k, v, further: list, last: list, causal: bool) -> None:
+        """A program for each tile of BM queries of a head, or of BN keys of a group."""
+        (B, H, T, D), (G, S), V = q.shape, k.shape[1:3], v.shape[-1]
+        place = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
+        BM, BN, warps, stages = flash_configs(D, V, q.element_size(), place)[which]
+        D1 = max(16, 1 << (D.bit_length() - 1))
+        D2 = 0 if D <= D1 else max(16, triton.next_power_of_2(D - D1))
+        over_keys = which == "keys"
+        grid = (triton.cdiv(S, BN), B * G) if over_keys else (triton.cdiv(T, BM), B * H)
+        kernel[grid](
+            q, k, v, *further, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            G if over_keys else H, H // G, T, S, *last, CAUSAL=causal, D=D, V=V, D1=D1, D2=D2,
+            VP=max(16, triton.next_power_of_2(V)), BM=BM, BN=BN, PRECISION="ieee",
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+    @staticmethod
+    def forward(ctx, q, k, v, causal, scale):
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        out = q.new_empty(*q.shape[:3], v.shape[-1])
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        base_2 = scale * 1.4426950408889634  # log₂ e
+        arguments = [out, lse], [base_2], causal
+        _FlashAttention.launch(flash_forward_kernel, "forward", q, k, v, *arguments)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.settings = causal, scale, base_2
+        return out
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, out, lse = ctx.saved_tensors
+        causal, scale, base_2 = ctx.settings
+        delta, do = (do.float() * out).sum(-1), do.contiguous()
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        for kernel, which, wanted in (
+            (flash_keys_kernel, "keys", [dk, dv]),
+            (flash_queries_kernel, "queries", [dq]),
+        ):
+            arguments = [do, lse, delta, *wanted], [base_2, scale], causal
+            _FlashAttention.launch(kernel, which, q, k, v, *arguments)
+        return dq, dk, dv, None, None
+
+
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, mask=None, block=128
 ) -> Tensor:
@@ -290,10 +519,18 @@ def flash_attention(
     q: (B, H, T, D), k: (B, G, S, D), v: (B, G, S, V), G divides H -> (B, H, T, V) in q's dtype.
     causal: the queries are the last T of the S positions, and position i sees the keys j <= i.
     mask: True where a query may look, broadcasts to (B, H, T, S); it replaces the causal rule.
-    This is the PyTorch twin that a Triton kernel will stand beside: same arithmetic, any device.
-    It is not fast, and autograd keeps the weights of every tile, which a kernel would recompute.
+    On a GPU, without a mask and for widths up to 256, by kernels that keep no weights, forward and
+    backward; otherwise by their PyTorch twin, which is not fast, and keeps them for autograd.
     """
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind):
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
     mask, T, S, tiles = fitting(q, k, v, causal, mask), q.shape[2], k.shape[2], []
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    narrow = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.dtype == k.dtype
+    if mask is None and q.is_cuda and triton is not None and narrow and q.numel() and S:
+        if max(q.shape[-1], v.shape[-1]) <= 256 and v.dtype == k.dtype:
+            return _FlashAttention.apply(q, k, v, causal, scale)
     for start in range(0, T, block):
         stop = min(start + block, T)
         seen = S - T + stop if causal and mask is None else S  # past it the diagonal hides all keys

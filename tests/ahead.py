@@ -91,3 +91,28 @@ def shipped(fp8, capability: int):
         limits = rows, kind.get("b_blocks", True), grouped, divmod(capability, 10)
         for config in fp8.gemm_configs(*limits):
             yield rows, kind, config
+
+
+def compile_flash(attn, capability: int, which: str, D: int, V: int, kind="bf16", causal=True):
+    """A kernel of 01's as `_FlashAttention.launch` would have it."""
+    import triton
+
+    width = 4 if kind == "fp32" else 2
+    config = attn.flash_configs(D, V, width, divmod(capability, 10))[which]
+    BM, BN, warps, stages = config
+    kernel = getattr(attn, f"flash_{which}_kernel")
+    pointers = {"forward": ("out", "lse"), "keys": ("do", "lse", "delta", "dk", "dv")}
+    pointers["queries"] = ("do", "lse", "delta", "dq")
+    names = ["q", "k", "v", *pointers[which]]
+    types = {name: "*fp32" if name in ("lse", "delta") else f"*{kind}" for name in names}
+    strides = "q_b", "q_h", "q_t", "k_b", "k_g", "k_s", "v_b", "v_g", "v_s"
+    numbers = *strides, "G" if which == "keys" else "H", "PER_GROUP", "T", "S"
+    types |= dict.fromkeys(numbers, "i32") | {"scale": "fp32"}
+    types |= {} if which == "forward" else {"natural_scale": "fp32"}
+    D1 = max(16, 1 << (D.bit_length() - 1))
+    constants = {"CAUSAL": causal, "D": D, "V": V, "D1": D1}
+    constants |= {"D2": 0 if D <= D1 else max(16, triton.next_power_of_2(D - D1))}
+    constants |= {"VP": max(16, triton.next_power_of_2(V)), "BM": BM, "BN": BN}
+    constants |= {"PRECISION": "ieee"}
+    launch = {"num_warps": warps, "num_stages": stages}
+    return compile_for(capability, kernel, types, constants, [*names, *strides], **launch)

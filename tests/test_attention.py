@@ -1,11 +1,17 @@
 """01_attention.py against PyTorch, transformers, and properties that need no reference."""
 
 import copy
+import importlib.util
 import itertools
+import os
+import subprocess
+import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
+from ahead import SHARED_LIMIT, compile_flash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -493,3 +499,125 @@ def test_append_refuses(k, v):
 def test_function_refuses(function, shapes):
     with pytest.raises(ValueError, match="want .* got|6 queries are more than 5 keys"):
         function(*(torch.randn(shape) for shape in shapes))
+
+
+# The kernels ---------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[1]
+TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
+INTERPRETED = """
+import random
+from importlib import import_module
+import torch
+attn = import_module("01_attention")
+torch.manual_seed(0)
+random.seed(0)
+
+
+def compare(B, H, G, T, S, D, V, causal, dtype=torch.float32, scale=None):
+    # views of another layout, as MLA's are: heads behind tokens
+    shapes = (B, T, H, D), (B, S, G, D), (B, S, G, V)
+    q, k, v = (torch.randn(shape).to(dtype).transpose(1, 2).requires_grad_() for shape in shapes)
+    scale = D**-0.5 if scale is None else scale
+    out = attn._FlashAttention.apply(q, k, v, causal, scale)
+    do = torch.randn(B, T, H, V).to(dtype).transpose(1, 2)
+    got = out, *torch.autograd.grad(out, (q, k, v), do)
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    want = attn.attention(*wide, causal, scale)
+    want = want, *torch.autograd.grad(want, wide, do.double())
+    tol = 2e-6 if dtype == torch.float32 else 2e-3  # relative to sums of order 1 to 10
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        error = (a.double() - b).abs().max() / (1 + b.abs().max())
+        assert a.dtype == dtype and error <= tol, (name, error, (B, H, G, T, S, D, V, causal))
+"""
+CASES = {
+    "shapes": """
+compare(1, 1, 1, 1, 1, 8, 8, True)
+compare(2, 4, 2, 33, 50, 24, 20, True)
+compare(1, 4, 4, 17, 70, 192, 128, True)
+compare(1, 2, 1, 40, 40, 48, 32, False)
+compare(2, 3, 1, 1, 37, 16, 16, True)
+compare(1, 2, 2, 50, 20, 16, 8, False)
+compare(1, 2, 2, 40, 40, 16, 16, True, scale=3.0)
+compare(1, 1, 1, 20, 20, 256, 256, True)
+for _ in range(6):
+    G, T = random.randint(1, 2), random.randint(1, 60)
+    S = T + random.randint(0, 40)
+    D, V = random.randint(1, 70), random.randint(1, 70)
+    compare(1, G * random.randint(1, 3), G, T, S, D, V, random.random() < 0.7)
+""",
+    "every_config": """
+# the tiles that GPUs run, forced onto the interpreter: fp16, for its products of bf16 are wrong
+for capability in (8, 0), (9, 0), (10, 0), (12, 0):
+    for D, V in (64, 64), (128, 128), (192, 128):
+        configs = attn.flash_configs(D, V, 2, capability)
+        attn.flash_configs, real = (lambda *_: configs), attn.flash_configs
+        compare(1, 2, 1, 70, 90, D, V, True, torch.float16)
+        attn.flash_configs = real
+""",
+    "same_bits": """
+q, k, v = (torch.randn(1, 2, 40, 16).requires_grad_() for _ in "qkv")
+runs = []
+for _ in range(2):
+    out = attn._FlashAttention.apply(q, k, v, True, 0.25)
+    runs.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+""",
+}
+
+
+@TRITON
+@pytest.mark.parametrize("case", CASES)
+def test_flash_kernels_in_the_interpreter(case):
+    """Output and gradients against the oracle in float64."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", INTERPRETED + CASES[case]]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
+COMPILED = [
+    pytest.param(capability, D, V, kind, causal, marks=[pytest.mark.slow] * slow)
+    for capability in TENSOR_CORE
+    for D, V, kind, causal, slow in (
+        (128, 128, "bf16", True, False), (192, 128, "bf16", True, False),
+        (192, 128, "bf16", False, True), (64, 64, "fp16", True, True), (48, 32, "bf16", True, True),
+        (256, 256, "bf16", True, True), (128, 128, "fp32", True, True),
+        (192, 128, "fp32", True, True),
+    )
+]  # fmt: skip
+
+
+@TRITON
+@pytest.mark.parametrize("which", ["forward", "keys", "queries"])
+@pytest.mark.parametrize("capability, D, V, kind, causal", COMPILED)
+def test_flash_compiles_without_a_spill(capability, D, V, kind, causal, which):
+    got = compile_flash(attn, capability, which, D, V, kind, causal)
+    assert got.spilled == 0
+    assert got.shared <= 1024 * SHARED_LIMIT[capability]
+    if kind != "fp32":  # tiles of 32 rows, where larger ones spill, take the older instruction
+        older = max(D, V) > 192 or capability == 100 and which == "keys"
+        assert ("mma.sync" if older else TENSOR_CORE[capability]) in got.ptx
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("D, V", [(64, 64), (128, 128), (192, 128)])
+@pytest.mark.parametrize("T, S, causal", [(300, 300, True), (1, 513, True), (130, 200, False)])
+def test_flash_on_a_gpu(T, S, causal, D, V, dtype):
+    shapes = (2, T, 4, D), (2, S, 2, D), (2, S, 2, V)
+    q, k, v = (
+        torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2).requires_grad_()
+        for shape in shapes
+    )
+    out = attn.flash_attention(q, k, v, causal)
+    do = torch.randn_like(out)
+    got = out, *torch.autograd.grad(out, (q, k, v), do)
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    want = attn.attention(*wide, causal)
+    want = want, *torch.autograd.grad(want, wide, do.double())
+    tol = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}[dtype]
+    for a, b in zip(got, want, strict=True):
+        assert (a.double() - b).abs().max() <= tol * (1 + b.abs().max())
