@@ -13,7 +13,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "tests")]
 ahead = import_module("ahead")
+attn = import_module("01_attention")
 fp8 = import_module("04_fp8_gemm")
+WIDTHS = (64, 64), (128, 128), (192, 128), (256, 256)  # of queries and keys, of values
 
 
 def main() -> None:
@@ -28,10 +30,18 @@ def main() -> None:
             what = [kind.get("group", "dense"), kind.get("out", "bf16")]
             what += ["a_blocks"] * ("a_blocks" in kind) + ["b_tiles"] * ("b_blocks" in kind)
             tile = f"{config.BM}x{config.BN}", f"{config.warps}w", f"{config.stages}s"
-            name = "_".join((f"sm{capability}", f"M{rows}", *what, *tile, *how))
-            code = sum(line.rstrip().endswith(";") for line in got.sass.splitlines())
-            text = f"registers, {got.shared / 1024:.0f} KB shared, {code:,} instructions"
-            fp8.measure(name, got.registers, f"{text}, {got.spilled} bytes spilt")
+            show("_".join((f"fp8_sm{capability}", f"M{rows}", *what, *tile, *how)), got)
+    for capability in 80, 86, 90, 100, 120:
+        for D, V in WIDTHS:
+            for which in "forward", "keys", "queries":
+                got = ahead.compile_flash(attn, capability, which, D, V)
+                show(f"flash_{which}_sm{capability}_bf16_{D}_{V}", got)
+
+
+def show(name: str, got: ahead.Compiled) -> None:
+    code = sum(line.rstrip().endswith(";") for line in got.sass.splitlines())
+    text = f"registers, {got.shared / 1024:.0f} KB shared, {code:,} instructions"
+    fp8.measure(name, got.registers, f"{text}, {got.spilled} bytes spilt")
 
 
 if __name__ == "__main__":
