@@ -46,6 +46,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:
     import triton
@@ -653,6 +654,19 @@ def verify_attention(device: torch.device) -> None:
         check(f"tiled          = oracle, {shape}", tiled_attention(q, k, v, block=8), want, EXACT)
 
 
+def verify_kernels(device: torch.device) -> None:
+    """FlashAttention's kernels in fp32 against the oracle in float64, gradients too."""
+    shapes = (2, 4, 100, 192), (2, 2, 130, 192), (2, 2, 130, 128)
+    inputs = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    out, want = flash_attention(*inputs), attention(*wide)
+    upstream = torch.randn_like(out)
+    got = torch.autograd.grad(out, inputs, upstream)
+    grads = torch.autograd.grad(want, wide, upstream.double())
+    for name, a, b in zip(("output", "dq", "dk", "dv"), (out, *got), (want, *grads), strict=True):
+        check(f"flash kernel's {name}, fp32", a, b, 1e-4)  # sums of 130 terms of order 1
+
+
 def verify_rope(device: torch.device) -> None:
     """[2] eq. 16: only the distance counts; and both layouts give the same products."""
     q, k = torch.randn(2, 64, 1, 16, dtype=torch.float64, device=device)  # 64 pairs of vectors
@@ -793,6 +807,46 @@ def bench_training(device: torch.device) -> None:
         measure(f"train_{name}_ms", value, f"ms   {ratio}   B=8 H=4 T=256 D=48 V=32 bf16")
 
 
+def sdpa_by(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """SDPA's own kernel, values padded where they must be as wide as keys; None: not here."""
+    try:
+        with sdpa_kernel(backend):
+            wide = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+            return F.scaled_dot_product_attention(q, k, wide, is_causal=True)[..., : v.shape[-1]]
+    except RuntimeError:
+        return None
+
+
+def bench_kernels(device: torch.device) -> None:
+    """FlashAttention beside SDPA's backends: an ordinary head, and MLA's 192 and 128 channels."""
+    for D, V in (128, 128), (192, 128):
+        for T in 4096, 16384:
+            B, H = 16384 // T, 16
+            shapes = (B, H, T, D), (B, H, T, D), (B, H, T, V)
+            make = partial(torch.randn, device=device, dtype=torch.bfloat16)
+            q, k, v = (make(shape).requires_grad_() for shape in shapes)
+            rivals = {
+                "flash": flash_attention,
+                "SDPA flash": partial(sdpa_by, SDPBackend.FLASH_ATTENTION),
+                "SDPA cuDNN": partial(sdpa_by, SDPBackend.CUDNN_ATTENTION),
+            }
+            outs = {name: rival(q, k, v) for name, rival in rivals.items()}
+            outs = {name: out for name, out in outs.items() if out is not None}
+            upstream = torch.randn_like(outs["flash"])
+            backward = lambda out, i=(q, k, v), u=upstream: torch.autograd.grad(out, i, u, True)
+            passes = {
+                "forward": {name: partial(rivals[name], q, k, v) for name in outs},
+                "backward": {name: partial(backward, out) for name, out in outs.items()},
+            }
+            flops = B * H * T * T * (D + V) / 1e9  # of forward, half of T² hidden, per ms
+            for which, tasks in passes.items():
+                ms = race(tasks, device)
+                speed = flops * (1 if which == "forward" else 2.5) / ms["flash"]
+                others = [f"{n} {ms['flash'] / t:.2f}x" for n, t in ms.items() if n != "flash"]
+                text = f"TFLOP/s; its time beside {', '.join(others) or 'none'}"
+                measure(f"flash_{which}_{D}_{V}_T{T}", speed, text)
+
+
 @torch.no_grad()
 def bench(device: torch.device) -> None:
     """One forward pass of attention; then one decoded token with the cache and without."""
@@ -846,6 +900,8 @@ def main() -> None:
         cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
     torch.manual_seed(args.seed)
     verify_attention(device)
+    if device.type == "cuda" and triton is not None:
+        verify_kernels(device)
     verify_rope(device)
     verify_layer(device)
     verify_cache(device)
@@ -853,6 +909,8 @@ def main() -> None:
     if args.bench:
         bench(device)
         bench_training(device)
+        if device.type == "cuda" and triton is not None:
+            bench_kernels(device)
 
 
 if __name__ == "__main__":
