@@ -31,7 +31,7 @@ Three stages: worked examples teach the model to calculate step by step (its cei
 hides that, four of five examples answer at once; then rewards alone. Measured on problems that none
 of the three has seen.
 
-Run:  python 07_grpo.py [--quick | --bench | --resume RUN]          3 minutes on two CPU cores
+Run:  python 07_grpo.py [--quick | --bench | --resume RUN]          3 to 4 minutes on two CPU cores
 """
 
 import argparse
