@@ -266,6 +266,7 @@ def test_chapter(chapter, rule):
 def public_files() -> list[Path]:
     ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().split()} | {".git"}
     tops = [top for top in ROOT.iterdir() if top.name not in ignored]
+    tops = [top for top in tops if not (top / "pyvenv.cfg").exists()]  # whatever it is called
     files = [path for top in tops for path in (top.rglob("*") if top.is_dir() else [top])]
     texts = {".py", ".md", ".toml", ".txt", ".json", ""}  # "": LICENSE, .ci/run
     return sorted(path for path in files if path.is_file() and path.suffix in texts)
