@@ -478,12 +478,13 @@ class _FlashAttention(torch.autograd.Function):
         D2 = 0 if D <= D1 else max(16, triton.next_power_of_2(D - D1))
         over_keys = which == "keys"
         grid = (triton.cdiv(S, BN), B * G) if over_keys else (triton.cdiv(T, BM), B * H)
-        kernel[grid](
-            q, k, v, *further, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            G if over_keys else H, H // G, T, S, *last, CAUSAL=causal, D=D, V=V, D1=D1, D2=D2,
-            VP=max(16, triton.next_power_of_2(V)), BM=BM, BN=BN, PRECISION="ieee",
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):  # Triton launches on the current GPU, whatever q says
+            kernel[grid](
+                q, k, v, *further, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                G if over_keys else H, H // G, T, S, *last, CAUSAL=causal, D=D, V=V, D1=D1, D2=D2,
+                VP=max(16, triton.next_power_of_2(V)), BM=BM, BN=BN, PRECISION="ieee",
+                num_warps=warps, num_stages=stages,
+            )  # fmt: skip
 
     @staticmethod
     def forward(ctx, q, k, v, causal, scale):

@@ -284,7 +284,7 @@ def gemm_configs(M: int, b_blocks: bool, grouped: bool, capability: tuple[int, i
     sm_89 to sm_120 and find nothing spilt. Larger tiles spill: two fp32 sums in registers."""
     if capability[0] not in (9, 10):  # 99 KB of shared memory, products by warps
         return [Config(64, 64, 4, 3)]
-    small = Config(64, 128, 4, 4, tma=True)  # two or three at a time: one scales, one multiplies
+    small = Config(64, 128, 4, 4, tma=True)  # two at a time: one scales while one multiplies
     pointers = Config(64, 128 if b_blocks else 64, 4, 3)  # for a K that is no multiple of 16 bytes
     if M <= 64 and not grouped:
         rows = max(16, 1 << (M - 1).bit_length())
@@ -313,11 +313,12 @@ def launch_quantize(x: Tensor, blocks: bool, power_of_two: bool) -> tuple[Tensor
     shape = (*batch, -(-M // 128), T) if blocks else (T, rows)
     scales = torch.empty(shape, dtype=torch.float32, device=x.device)
     settings = power_of_two, not x.is_cuda  # Triton's interpreter has a cast that loses a carry
-    if blocks and codes.numel():
-        grid = shape[-2], T, math.prod(batch)
-        quantize_blocks_kernel[grid](x, codes, scales, M, K, *settings, num_warps=8)
-    elif codes.numel():
-        quantize_tiles_kernel[-(-rows // 32), T](x, codes, scales, rows, K, *settings, ROWS=32)
+    with torch.cuda.device_of(x):  # Triton launches on the current GPU, whatever the operands say
+        if blocks and codes.numel():
+            grid = shape[-2], T, math.prod(batch)
+            quantize_blocks_kernel[grid](x, codes, scales, M, K, *settings, num_warps=8)
+        elif codes.numel():
+            quantize_tiles_kernel[-(-rows // 32), T](x, codes, scales, rows, K, *settings, ROWS=32)
     return codes, scales if blocks else scales.T.view(*batch, M, T)
 
 
@@ -328,12 +329,13 @@ def launch_along(x: Tensor, x_scales: Tensor | None, ends: Tensor | None, power_
     codes = torch.empty(C, 128 * T, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(T, C, dtype=torch.float32, device=x.device)
     strides = (0, 0) if x_scales is None else x_scales.stride()
-    if codes.numel():
-        quantize_along_kernel[T, -(-C // 64)](
-            x.contiguous(), x_scales, codes, scales, ends, M, C, E, T, *strides,
-            FROM_CODES=x_scales is not None, EXPERTS=E and triton.next_power_of_2(E),
-            POWER_OF_TWO=power_of_two, BY_HAND=not x.is_cuda, COLUMNS=64, num_warps=4,
-        )  # fmt: skip
+    with torch.cuda.device_of(x):
+        if codes.numel():
+            quantize_along_kernel[T, -(-C // 64)](
+                x.contiguous(), x_scales, codes, scales, ends, M, C, E, T, *strides,
+                FROM_CODES=x_scales is not None, EXPERTS=E and triton.next_power_of_2(E),
+                POWER_OF_TWO=power_of_two, BY_HAND=not x.is_cuda, COLUMNS=64, num_warps=4,
+            )  # fmt: skip
     return codes, scales.T
 
 
@@ -359,13 +361,14 @@ def launch_gemm(
         sides = [(TensorDescriptor.from_tensor(t, box), scales) for (t, scales), box in boxes]
         tiles = min(tiles, programs_at_a_time(out, config))
     (left, left_scales), (right, right_scales) = sides
-    fp8_gemm_kernel[(tiles,)](
-        left, left_scales, right, right_scales, out, ends, M, N, K, E,
-        *left_scales.stride(), *right_scales.stride(), *strides, *by_blocks,
-        EXPERTS=E and triton.next_power_of_2(E), ALONG_K=along_k, BM=config.BM, BN=config.BN,
-        GROUP=8, TMA=config.tma, FLATTEN=config.flatten, ROLES=config.roles,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(a):
+        fp8_gemm_kernel[(tiles,)](
+            left, left_scales, right, right_scales, out, ends, M, N, K, E,
+            *left_scales.stride(), *right_scales.stride(), *strides, *by_blocks,
+            EXPERTS=E and triton.next_power_of_2(E), ALONG_K=along_k, BM=config.BM, BN=config.BN,
+            GROUP=8, TMA=config.tma, FLATTEN=config.flatten, ROLES=config.roles,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
     return out
 
 

@@ -1417,8 +1417,8 @@ def lesson(args: argparse.Namespace) -> None:
         run = begin_run(args, config, recipe, corpus, packages, vocabulary)
     print(f"run      {run.folder}   {sum(p.numel() for p in model.parameters()):,} parameters")
     if args.precision == "fp8":
-        kernels = "the linear layers have kernels" if fp8.has_kernels(rows) else "slower than bf16"
-        print(f"fp8      emulated, E4M3 numbers multiplied in fp32: {kernels}")
+        emulated = "emulated, E4M3 numbers multiplied in fp32: slower than bf16"
+        print(f"fp8      {'by kernels' if fp8.has_kernels(rows) else emulated}")
     try:
         trained = train(
             model, corpus, recipe, run.folder, args.seed, args.minutes, bool(args.resume)

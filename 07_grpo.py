@@ -379,7 +379,7 @@ def language_reward(response: str, word: str = r"[A-Za-z]+") -> float:
 
 
 def overlong_penalty(length: int, limit: int, buffer: int) -> float:
-    """0 down to −1 over the last `buffer` tokens (DAPO, arXiv:2503.14476, eq. 13)."""
+    """0 down to −1 over the last `buffer` tokens (DAPO, arXiv:2503.14476)."""
     return -min(max(length - (limit - buffer), 0) / buffer, 1.0)
 
 
@@ -745,6 +745,8 @@ def train_examples(
             labels[i, len(prompt) : len(row)] = tokens[i, len(prompt) : len(row)]
         tokens, labels = tokens.to(device), labels.to(device)
         loss = model.loss(tokens[:, :-1], labels[:, 1:])
+        if not loss.isfinite():
+            raise ValueError(f"loss {loss.item()} at step {number + 1}: lower learning_rate")
         balance = sum(mixture.balance_loss for mixture in model.mixtures())
         (loss + 1e-4 * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -775,7 +777,8 @@ def checked_rewards(reward: Reward, problems: list[Problem], responses: list[str
             except Exception:
                 text = f"the reward of prompt {problem.prompt!r}, response {response!r} raises"
                 raise BadReward(f"{text} {error!r}") from error
-        raise
+        text = f"the rewards of {len(problems)} responses together raise {error!r}"
+        raise BadReward(f"{text}, the first to prompt {problems[0].prompt!r}") from error
     if len(rewards) != len(problems):
         raise BadReward(
             f"{len(rewards)} rewards for {len(problems)} responses, the first to prompt "
@@ -1126,8 +1129,8 @@ def bench(model: base.DeepSeek, encoding: tiktoken.Encoding, task: Task) -> None
 
 
 # %% Exercises ---------------------------------------------------------------------------------
-# 1. Break it: multiply learning_rate by five. Length, form and thinking rise as before; what
-#    doesn't, and which curve would have told you?
+# 1. Break it: multiply learning_rate by five. Length, form and thinking rise as before; what falls
+#    to a third meanwhile, and which of the right figure's curves tells you when?
 # 2. Reward the answer's digits anywhere in the response instead of between the tags. What does the
 #    policy find, and how many steps does it need? (benchmarks/grpo.py hack)
 # 3. Detach logp, and pass it for old_logp too (`grpo_loss(logp, logp.detach(), …)`), with two
@@ -1136,8 +1139,6 @@ def bench(model: base.DeepSeek, encoding: tiktoken.Encoding, task: Task) -> None
 
 # %% Main --------------------------------------------------------------------------------------
 STAGES = {"worked": Examples(1300, 32, 2e-3), "cold": Examples(150, 64, 5e-4)}
-
-
 KEPT = "task", "init", "steps", "quick", "seed"
 
 

@@ -3,15 +3,11 @@
 import copy
 import importlib.util
 import itertools
-import os
-import subprocess
-import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
-from ahead import SHARED_LIMIT, compile_flash
+from ahead import SHARED_LIMIT, compile_flash, interpret
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -503,7 +499,6 @@ def test_function_refuses(function, shapes):
 
 # The kernels ---------------------------------------------------------------------------------
 
-ROOT = Path(__file__).resolve().parents[1]
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
 INTERPRETED = """
 import random
@@ -570,10 +565,7 @@ assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 @pytest.mark.parametrize("case", CASES)
 def test_flash_kernels_in_the_interpreter(case):
     """Output and gradients against the oracle in float64."""
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", INTERPRETED + CASES[case]]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    interpret(INTERPRETED + CASES[case])
 
 
 TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}

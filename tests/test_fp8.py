@@ -2,16 +2,12 @@
 
 import importlib.util
 import math
-import os
-import subprocess
-import sys
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from ahead import SHARED_LIMIT, compile_for, compile_gemm, shipped
+from ahead import SHARED_LIMIT, compile_for, compile_gemm, interpret, shipped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -192,7 +188,6 @@ def test_product_refuses_another_K():
 
 # Kernels -------------------------------------------------------------------------------------
 
-ROOT = Path(__file__).resolve().parents[1]
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
 KERNEL_START = """
 import math, random
@@ -326,10 +321,7 @@ with patch.object(triton.testing, "do_bench", lambda run, **_: 1.5):
 )
 def test_kernels_in_the_interpreter(body):
     """Codes and scales bit for bit; the product against that of the codes in float64."""
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KERNEL_START + body]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    interpret(KERNEL_START + body)
 
 
 TENSOR_CORE = {89: r"mma.sync", 90: r"wgmma.mma_async", 100: r"tcgen05.mma", 120: r"mma.sync"}

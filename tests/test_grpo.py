@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -585,7 +586,7 @@ def test_calculate(text, value):
 ))  # fmt: skip
 @settings(max_examples=200, deadline=None)
 def test_calculate_as_python_does(text):
-    digits = __import__("re").sub(r"\b0+(?=\d)", "", text)
+    digits = re.sub(r"\b0+(?=\d)", "", text)
     try:
         want = eval(digits)
     except ZeroDivisionError:
@@ -721,6 +722,8 @@ def test_rewards_are_checked():
         check(lambda p, t: [1 / (x.answer != "6") for x in p])
     with pytest.raises(ValueError, match=r"prompt '3\+3=', response 'b' is nan"):
         check(lambda p, t: [1.0, math.nan])
+    with pytest.raises(chapter.BadReward, match=r"2 responses together raise Zero.*'2\+2='"):
+        check(lambda p, t: [1 / (len(p) - 2)])
     with pytest.raises(ValueError, match=r"1 rewards for 2 responses.*'2\+2='"):
         check(lambda p, t: [1.0])
 
@@ -840,7 +843,7 @@ def test_examples_teach(tmp_path):
     assert chapter.decode_answers(ENCODING, greedy) == ["<think></think><answer>10</answer>"]
 
 
-def test_examples_count_answers_alone():
+def test_examples_count_answers_alone(tmp_path):
     """What the prompt says has no part in the loss."""
     seen = []
 
@@ -854,7 +857,7 @@ def test_examples_count_answers_alone():
     with pytest.raises(StopIteration):
         chapter.train_examples(
             Spy(SMALL), ENCODING, lambda rng: next(pairs), chapter.Examples(2, 2, 1e-3),
-            Path(__import__("tempfile").mkdtemp()) / "e",
+            tmp_path / "e",
         )  # fmt: skip
     [(tokens, labels)] = seen
     rows = [[t for t in row if t != -100] for row in labels.tolist()]
@@ -929,6 +932,31 @@ def test_a_killed_command_goes_on_to_the_same_end(tmp_path, number):
     assert ends[0].read_bytes() == ends[1].read_bytes()
     code, _, err = finish(start("--resume", str(tmp_path / "grpo"), "--steps", "9"))
     assert code == 2 and "--steps: a resumed run keeps" in err
+
+
+def test_a_task_in_a_file_is_found_again_from_elsewhere(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from importlib import import_module\ngrpo = import_module('07_grpo')\n"
+        "class Own(grpo.Clock):\n    max_new_tokens = 20\n"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    for folder, args in (
+        (tmp_path, ("--quick", "--task", "own.py:Own", "--out", "r")),
+        (tmp_path / "elsewhere", ("--resume", str(tmp_path / "r/grpo"))),
+    ):
+        command = [sys.executable, str(ROOT / "07_grpo.py"), *args]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_loss_of_nan_stops_the_examples(tmp_path):
+    model = base.DeepSeek(SMALL)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = math.nan
+    example = lambda rng: ("5+5=", "<think></think><answer>10</answer>")
+    with pytest.raises(ValueError, match="loss nan at step 1"):
+        chapter.train_examples(model, ENCODING, example, chapter.Examples(3, 2, 1e-3), tmp_path)
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_a_checkpoint_is_saved_over_what_a_kill_has_left(tmp_path):
