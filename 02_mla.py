@@ -48,6 +48,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+try:
+    import triton
+    from triton import language as tl
+except ImportError:  # macOS, Windows: the PyTorch twin does it all
+    triton = tl = None
+
 # %% 1. The equations, word for word ---------------------------------------------------------
 
 
@@ -113,7 +119,7 @@ def mla_reference(layer: "MultiHeadLatentAttention", x: Tensor, sizes: dict, yar
 # would keep W_UK from changing sides. So R channels carry the position, and only they are turned.
 
 
-# >>> copy: yarn_frequencies, LatentCache, mla_decode, MultiHeadLatentAttention (needs torch, math)
+# >>> copy: LatentCache, mla_decode, MultiHeadLatentAttention (needs torch, math, triton, tl)
 # same as 01_attention.py
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Tensor:
     """Turn each pair of channels by the angle of its position (RoFormer, arXiv:2104.09864, eq. 34).
@@ -172,11 +178,13 @@ class LatentCache:
     truncate again.
     """
 
+    pages: Tensor | None = None  # a PagedLatentCache has some
+
     def __init__(
         self, batch: int, max_tokens: int, kv_lora_rank: int, qk_rope_head_dim: int,
         device=None, dtype=None,
     ):  # fmt: skip
-        self.widths = (kv_lora_rank, qk_rope_head_dim)  # (L, R)
+        self.widths, self.room = (kv_lora_rank, qk_rope_head_dim), max_tokens  # (L, R)
         shape = (batch, max_tokens, sum(self.widths))
         self.entries = torch.zeros(shape, device=device, dtype=dtype)  # not empty: 0 · NaN is NaN
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=self.entries.device)  # (B,)
@@ -187,18 +195,23 @@ class LatentCache:
 
         What comes in another dtype is rounded to the cache's. ValueError: other shapes, no room.
         """
-        (B, room, _), T, (L, R) = self.entries.shape, latent.shape[1], self.widths
+        B, T, (L, R) = len(self.lengths), latent.shape[1], self.widths
         if latent.shape != (B, T, L) or k_rope.shape != (B, T, R):
             got = f"{tuple(latent.shape)} and {tuple(k_rope.shape)}"
             raise ValueError(f"cache takes ({B}, T, {L}) and ({B}, T, {R}), got {got}")
-        if self.used + T > room:
-            raise ValueError(f"cache has {room} slots: {self.used} used + {T} new do not fit")
+        if self.used + T > self.room:
+            raise ValueError(f"cache has {self.room} slots: {self.used} used + {T} new do not fit")
         rows = torch.arange(B, device=self.lengths.device)[:, None]  # (B, 1)
         slots = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)  # (B, T)
-        self.entries[rows, slots] = torch.cat((latent, k_rope), -1).to(self.entries.dtype)
+        place = self.place(rows, slots)
+        self.entries[place] = torch.cat((latent, k_rope), -1).to(self.entries.dtype)
         self.lengths = self.lengths + T  # not +=: the caller may keep the old ones for truncate
         self.used += T
-        return self.entries[:, : self.used]
+        return self.entries if self.pages is not None else self.entries[:, : self.used]
+
+    def place(self, rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Where in `entries` these slots are, (B, T), all of them the next of their rows (B, 1)."""
+        return rows, slots
 
     def truncate(self, lengths: Tensor | list[int] | int) -> None:
         """Keep the first `lengths` tokens of each row ((B,) or one number), forget the rest."""
@@ -210,6 +223,92 @@ class LatentCache:
     def select(self, rows: Tensor) -> None:
         """Go on with these rows, (B',) indices that may repeat, or a mask (B,)."""
         self.entries, self.lengths = self.entries[rows], self.lengths[rows]
+
+
+class PagedLatentCache(LatentCache):
+    """A LatentCache whose rows take pages of 64 slots from one pool as they grow (2309.06180).
+
+    Slot j of a row is slot j % 64 of entries[pages[row, j // 64]]; entries: (pool, 64, L + R),
+    pages: (B, ceil(max_tokens/64)) int32. pool: pages of all rows together; None: enough for B
+    full ones. Rows that `select` repeats share their pages, and a page is copied before one of
+    several that hold it writes to it. append: ValueError when the pool has too few pages left.
+    """
+
+    def __init__(
+        self, batch: int, max_tokens: int, kv_lora_rank: int, qk_rope_head_dim: int,
+        device=None, dtype=None, pool: int | None = None,
+    ):  # fmt: skip
+        each = -(-max_tokens // 64)  # pages of a full row
+        pool = batch * each if pool is None else pool
+        super().__init__(pool, 64, kv_lora_rank, qk_rope_head_dim, device, dtype)
+        self.room, self.lengths = max_tokens, self.lengths.new_zeros(batch)
+        self.pages = torch.zeros(batch, each, dtype=torch.int32, device=self.entries.device)
+        # the pages of each row, how many rows hold a page, and which pages none does
+        self.held: list[list[int]] = [[] for _ in range(batch)]
+        self.holders, self.free = [0] * pool, list(range(pool))[::-1]
+        self.sizes = [0] * batch  # `lengths`, without asking the GPU
+
+    def place(self, rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        spans = [range(n // 64, -(-(n + slots.shape[1]) // 64)) for n in self.sizes]
+        pairs = list(zip(self.held, spans, strict=True))
+        written = [held[i] for held, span in pairs for i in span if i < len(held)]
+        fresh = sum(len(span) for span in spans) - len(written)
+        copies = sum(min(written.count(page), self.holders[page] - 1) for page in set(written))
+        if fresh + copies > len(self.free):
+            free = f"{len(self.free)} of {len(self.holders)} pages are free"
+            raise ValueError(f"cache: {free}, the new tokens need {fresh + copies}")
+        for held, span in pairs:
+            for i in span:
+                if i < len(held) and self.holders[held[i]] == 1:
+                    continue
+                page = self.free.pop()
+                self.holders[page] = 1
+                if i < len(held):
+                    self.entries[page] = self.entries[held[i]]
+                    self.holders[held[i]] -= 1
+                held[i : i + 1] = [page]
+        self.sizes = [n + slots.shape[1] for n in self.sizes]
+        if fresh + copies:
+            self.tabulate()
+        return self.pages[rows, slots // 64], slots % 64
+
+    def tabulate(self) -> None:
+        each = self.pages.shape[1]
+        self.pages.copy_(torch.tensor([held + [0] * (each - len(held)) for held in self.held]))
+
+    def truncate(self, lengths: Tensor | list[int] | int) -> None:
+        super().truncate(lengths)
+        self.sizes = self.lengths.tolist()
+        for held, size in zip(self.held, self.sizes, strict=True):
+            self.release(held[-(-size // 64) :])
+            del held[-(-size // 64) :]
+
+    def select(self, rows: Tensor) -> None:
+        before, chosen = self.held, torch.arange(len(self.held))[rows.cpu()].tolist()
+        self.held = [list(before[row]) for row in chosen]
+        for page in sum(self.held, []):
+            self.holders[page] += 1
+        self.release(sum(before, []))
+        self.sizes, self.lengths = [self.sizes[row] for row in chosen], self.lengths[rows]
+        self.pages = self.pages[rows]
+
+    def release(self, pages: list[int]) -> None:
+        for page in pages:
+            self.holders[page] -= 1
+            if not self.holders[page]:
+                self.free.append(page)
+
+
+def unpaged(entries: Tensor, pages: Tensor) -> Tensor:
+    """(pool, 64, L + R) by pages (B, P) -> (B, 64·P, L + R), as a LatentCache has them."""
+    return entries[pages].flatten(1, 2)
+
+
+def visible(lengths: Tensor, T: int, S: int) -> Tensor:
+    """(B,) tokens of each row, the last T of them the queries -> True where they may look, of S
+    slots: (B, 1, T, S)."""
+    last = lengths[:, None] - T + torch.arange(T, device=lengths.device)  # (B, T)
+    return torch.arange(S, device=lengths.device) <= last[:, None, :, None]
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, mask=None) -> Tensor:
@@ -230,17 +329,175 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, m
     return out[..., :V]
 
 
+# The kernel. All heads of a token ask the same entries, so a program takes many of them: what it
+# reads once, 16 heads use 30 times a byte. One token gives a GPU too few programs: the slots are
+# cut into chunks as well, and a second kernel puts their softmaxes together. 128 heads by 512
+# channels of sums would be all registers of an SM: then a program sums only its part of them.
+if triton is not None:
+
+    @triton.jit
+    def mla_decode_kernel(
+        q, entries, out, lse, lengths, pages, q_b, e_b, e_s, p_b, ROWS, T, chunk, scale,
+        PAGE: tl.constexpr, L: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
+        LP: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """BM rows (head · T + query) of one sequence over one chunk of its slots; LP channels.
+
+        q_b, e_b, e_s, p_b: strides. scale: of scores in base 2. out, lse: a chunk's of all rows.
+        """
+        tile, split, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+        part, m = tile % PARTS, tile // PARTS * BM + tl.arange(0, BM)
+        mine, r = part * LP + tl.arange(0, LP), L + tl.arange(0, RP)
+        q_row, ours = q + b * q_b + m[:, None] * (L + R), m[:, None] < ROWS
+        q_mine = tl.load(q_row + mine[None, :], mask=ours & (mine[None, :] < L), other=0.0)
+        q_rope = tl.load(q_row + r[None, :], mask=ours & (r[None, :] < L + R), other=0.0)
+        if PARTS == 2:
+            rest = (1 - part) * LP + tl.arange(0, LP)
+            q_rest = tl.load(q_row + rest[None, :], mask=ours & (rest[None, :] < L), other=0.0)
+        length = tl.load(lengths + b).to(tl.int32)
+        seen = length - T + 1 + m % T  # slots that a row's query may look at
+        # finite: a chunk may hold no slot that the first of two queries sees
+        row_max, row_sum = tl.full((BM,), -1e38, tl.float32), tl.zeros((BM,), tl.float32)
+        total = tl.zeros((BM, LP), tl.float32)
+        for start in range(split * chunk, tl.minimum(length, (split + 1) * chunk), BN):
+            n = start + tl.arange(0, BN)
+            if PAGE:
+                block = tl.load(pages + b * p_b + start // PAGE).to(tl.int64)
+                slot = start % PAGE + tl.arange(0, BN)
+            else:
+                block, slot = b, n
+            row, filled = entries + block * e_b + slot[:, None] * e_s, n[:, None] < length
+            latent = tl.load(row + mine[None, :], mask=filled & (mine[None, :] < L), other=0.0)
+            rope = tl.load(row + r[None, :], mask=filled & (r[None, :] < L + R), other=0.0)
+            scores = tl.dot(q_rope, rope.T, input_precision=PRECISION)  # (BM, BN)
+            if PARTS == 2:
+                other = tl.load(row + rest[None, :], mask=filled & (rest[None, :] < L), other=0.0)
+                scores = tl.dot(q_rest, other.T, scores, input_precision=PRECISION)
+            scores = tl.dot(q_mine, latent.T, scores, input_precision=PRECISION)
+            scores = tl.where(n[None, :] < seen[:, None], scores * scale, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            weights = tl.math.exp2(scores - new_max[:, None])
+            shrink = tl.math.exp2(row_max - new_max)
+            row_sum = row_sum * shrink + tl.sum(weights, 1)
+            weights = weights.to(latent.dtype)
+            total = tl.dot(weights, latent, total * shrink[:, None], input_precision=PRECISION)
+            row_max = new_max
+        row_sum = tl.where(row_sum > 0, row_sum, 1.0)
+        at = (split * tl.num_programs(2) + b) * ROWS + m
+        value = (total / row_sum[:, None]).to(out.dtype.element_ty)
+        tl.store(out + at[:, None] * L + mine[None, :], value, mask=ours & (mine[None, :] < L))
+        tl.store(lse + at, row_max + tl.math.log2(row_sum), mask=m < ROWS)
+
+    @triton.jit
+    def mla_combine_kernel(
+        parts, lse, out, lengths, ROWS, chunk, L: tl.constexpr, LP: tl.constexpr, SP: tl.constexpr
+    ):
+        """One row: Σ 2^lse·part / Σ 2^lse over the chunks that its sequence fills, SP at most."""
+        row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+        splits = tl.cdiv(tl.load(lengths + row // ROWS).to(tl.int32), chunk)
+        s, c = tl.arange(0, SP), tl.arange(0, LP)
+        every = tl.load(lse + s * rows + row, mask=s < splits, other=float("-inf"))
+        top = tl.max(every, 0)
+        whole = top + tl.math.log2(tl.sum(tl.math.exp2(every - top), 0))
+        total = tl.zeros((LP,), tl.float32)
+        for split in range(0, splits):
+            at = split * rows + row
+            weight = tl.math.exp2(tl.load(lse + at) - whole)
+            total += weight * tl.load(parts + at * L + c, mask=c < L, other=0.0)
+        tl.store(out + row * L + c, total.to(out.dtype.element_ty), mask=c < L)
+
+
+def decode_config(rows: int, L: int, itemsize: int, capability: tuple[int, int]) -> tuple:
+    """(BM, BN, warps, stages, parts of L, programs an SM holds); rows: heads · queries.
+
+    The tests compile each for sm_80 to sm_120 and find nothing spilt.
+    """
+    halves = 2 if L > 256 else 1
+    if itemsize == 4:
+        return 16, 16, 8, 1, 1, 1
+    if capability[0] not in (8, 9, 10) or capability in ((8, 6), (8, 9)):  # 99 KB
+        return (16, 32, 4, 2, 1, 1) if rows <= 16 else (32, 16, 8, 2, 1, 1)
+    if rows <= 16:  # waits for memory: two programs take turns
+        return (16, 32, 4, 2, 1, 2) if capability[0] == 8 else (16, 64, 4, 2, 1, 2)
+    if rows <= 32:
+        return (32, 32, 8, 2, 1, 1) if capability[0] == 8 else (32, 64, 8, 2, 1, 1)
+    if capability[0] == 10:
+        return 64, 32, 8, 2, 1, 1
+    if capability[0] == 8 or rows <= 64:
+        return 64, 32, 8, 2, halves, 1
+    return 128, 32, 8, 2, halves, 1  # two groups of warps, 64 rows each: what wgmma wants
+
+
+def launch_decode(q, entries, kv_lora_rank: int, scale: float, lengths, pages, config) -> Tensor:
+    """`mla_decode` by its kernels: as many chunks as keep the GPU busy, of 128 slots or more."""
+    BM, BN, warps, stages, parts, each = config
+    (B, H, T, width), L, PAGE = q.shape, kv_lora_rank, 0 if pages is None else entries.shape[1]
+    S, R, ROWS = pages.shape[1] * PAGE if PAGE else entries.shape[1], width - L, H * T
+    q = q.to(entries.dtype).contiguous()
+    programs = triton.cdiv(ROWS, BM) * parts * B
+    busy = 264  # two rounds of an H200
+    if q.is_cuda:
+        busy = 2 * each * torch.cuda.get_device_properties(q.device).multi_processor_count
+    splits = max(1, min(busy // programs, triton.cdiv(S, 128)))
+    chunk = triton.cdiv(S, splits * 64) * 64
+    splits = triton.cdiv(S, chunk)
+    out = torch.empty(B, H, T, L, dtype=entries.dtype, device=q.device)
+    pieces = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
+    lse = out.new_empty(splits, B, ROWS, dtype=torch.float32)
+    LP, padded = triton.next_power_of_2(L), triton.next_power_of_2
+    with torch.cuda.device_of(q):  # Triton launches on the current GPU, whatever q says
+        mla_decode_kernel[programs // B, splits, B](
+            q, entries, pieces, lse, lengths, pages, q.stride(0), *entries.stride()[:2],
+            0 if pages is None else pages.stride(0), ROWS, T, chunk, scale * 1.4426950408889634,
+            PAGE=PAGE, L=L, R=R, PARTS=parts, LP=max(16, LP // parts), RP=max(16, padded(R)),
+            BM=BM, BN=BN, PRECISION="ieee", num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        if splits > 1:
+            mla_combine_kernel[(B * ROWS,)](
+                pieces, lse, out, lengths, ROWS, chunk, L=L, LP=LP, SP=padded(splits)
+            )
+    return out
+
+
 def mla_decode(
-    q: Tensor, entries: Tensor, kv_lora_rank: int, scale: float, mask: Tensor | None = None
-) -> Tensor:
+    q: Tensor, entries: Tensor, kv_lora_rank: int, scale: float, mask: Tensor | None = None,
+    lengths: Tensor | None = None, pages: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Attention of all heads to the same entries: whole as keys, without their last R as values.
 
     q: (B, H, T, L + R), entries: (B, S, L + R) -> (B, H, T, L) in the entries' dtype; L is
-    kv_lora_rank. mask: True where a query may look, broadcasts to (B, H, T, S); None: everywhere.
-    This is the PyTorch twin that a Triton kernel will stand beside; bf16 entries make bf16 scores.
-    Under autocast the products run in its dtype: a cache of another is cast at every step.
+    kv_lora_rank. lengths: (B,) tokens of each row, the last T of them the queries, T or more; each
+    sees what is before it, and itself. None: everything. mask: True where a query may look,
+    broadcasts to (B, H, T, S), instead of lengths. pages: (B, P) int, then entries are a pool
+    (pages, 64, L + R), and slot j of row b is slot j % 64 of entries[pages[b, j // 64]].
+
+    On a GPU by kernels (FlashDecoding: chunks of slots, then their sum; the same bits at every
+    run) where no mask and no gradient is asked for; else by their PyTorch twin, whose bf16 entries
+    make bf16 scores. Under autocast its products run in that dtype: a cache of another is cast at
+    every step.
     """
-    H, rows = q.shape[1], q.to(entries.dtype).flatten(1, 2)  # (B, H·T, L + R)
+    (B, H, T, width), size = q.shape, entries.shape[1]
+    S = size if pages is None else pages.shape[1] * size
+    if entries.shape[-1] != width or len(entries if pages is None else pages) != B:
+        got = f"{tuple(q.shape)} and {tuple(entries.shape)}, pages {pages is not None}"
+        raise ValueError(f"want (B, H, T, L + R) and (B, S, L + R) or pages (B, P); got {got}")
+    if mask is not None and lengths is not None:
+        raise ValueError("want a mask or lengths, got both")
+    differentiable = torch.is_grad_enabled() and (q.requires_grad or entries.requires_grad)
+    fits = triton is not None and kv_lora_rank <= 512 and width - kv_lora_rank <= 64 and S > 0
+    fits = fits and (pages is None or size % 64 == 0) and entries.stride(-1) == 1
+    if q.is_cuda and lengths is None and mask is None and T == 1:
+        lengths = q.new_full((B,), S, dtype=torch.int64)
+    if q.is_cuda and fits and lengths is not None and not differentiable and entries.itemsize <= 4:
+        place = torch.cuda.get_device_capability(q.device)
+        config = decode_config(H * T, kv_lora_rank, entries.itemsize, place)
+        return launch_decode(q, entries, kv_lora_rank, scale, lengths, pages, config)
+    if pages is not None:
+        entries = unpaged(entries, pages)
+    if lengths is not None:
+        mask = visible(lengths, T, S)
+    rows = q.to(entries.dtype).flatten(1, 2)  # (B, H·T, L + R)
     # Entries on the left: a CPU takes six times as long over 16 bf16 rows times a long transpose.
     # beta=0: what the first argument holds is never read. alpha scales before a bf16 score rounds.
     scores = torch.baddbmm(rows.new_empty(()), entries, rows.mT, beta=0, alpha=scale)
@@ -346,7 +603,7 @@ class MultiHeadLatentAttention(nn.Module):
         return self.attention(q, k, v, causal=mask is None, scale=self.scale, mask=mask)
 
     def absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, mask: Tensor | None
+        self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, lengths=None, pages=None
     ) -> Tensor:
         """V2 app. C: W_UK joins the query, W_UV waits for the sum -> the same (B, H, T, V).
 
@@ -358,7 +615,8 @@ class MultiHeadLatentAttention(nn.Module):
         q_latent = q_nope.transpose(0, 1).flatten(1, 2) @ w_uk  # (H, B·T, L)
         q_latent = q_latent.unflatten(1, (B, T)).transpose(0, 1)  # (B, H, T, L)
         q = torch.cat((q_latent, q_rope), -1)  # (B, H, T, L + R)
-        mixed = mla_decode(q, entries, self.latent_split[0], self.scale, mask)  # (B, H, T, L)
+        L = self.latent_split[0]
+        mixed = mla_decode(q, entries, L, self.scale, lengths=lengths, pages=pages)  # (B, H, T, L)
         by_head = mixed.to(q.dtype).transpose(0, 1).flatten(1, 2)  # (H, B·T, L)
         out = w_uv @ by_head.mT  # (H, V, B·T); turned round, bf16 takes 4x as long on a CPU
         return out.unflatten(-1, (B, T)).permute(2, 0, 3, 1)
@@ -380,7 +638,7 @@ class MultiHeadLatentAttention(nn.Module):
         Gradients flow through either, and through one call with a cache that was empty.
         """
         B, T, _ = x.shape
-        positions, mask, entries = torch.arange(T, device=x.device), None, None  # (T,)
+        positions, entries, pages = torch.arange(T, device=x.device), None, None  # (T,)
         if cache is not None:
             if len(cache.lengths) != B:
                 raise ValueError(f"cache has {len(cache.lengths)} rows, x has {B}")
@@ -389,20 +647,21 @@ class MultiHeadLatentAttention(nn.Module):
         q_nope, q_rope = self.queries(x, cos, sin)
         latent, k_rope = self.latents(x, cos, sin)
         if cache is not None:
-            entries = cache.append(latent, k_rope)  # (B, S, L + R)
-            if cache.used > T:  # else all rows began empty, and the plain causal kernel will do
-                slots = torch.arange(cache.used, device=x.device)
-                mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
+            entries, pages = cache.append(latent, k_rope), cache.pages  # (B, S, L + R)
+        # behind what all rows began without, the plain causal kernel will do
+        continued = cache is not None and cache.used > T
         if absorb is None:
-            absorb = mask is not None and T < self.absorb_below
+            absorb = continued and T < self.absorb_below
+        lengths = positions[..., -1].expand(B) + 1
         if absorb:
             if entries is None:
                 entries = torch.cat((latent, k_rope), -1)
-            if mask is None:
-                mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
-            out = self.absorbed(q_nope, q_rope, entries, mask)  # (B, H, T, V)
+            out = self.absorbed(q_nope, q_rope, entries, lengths, pages)  # (B, H, T, V)
         else:
+            mask = visible(lengths, T, cache.used) if continued else None
             if entries is not None:
+                if pages is not None:
+                    entries = unpaged(entries, pages)[:, : cache.used]
                 latent, k_rope = entries.to(latent.dtype).split(self.latent_split, -1)
             out = self.explicit(q_nope, q_rope, latent, k_rope, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -494,6 +753,30 @@ def verify_cache(device: torch.device) -> None:
     cache.truncate([28, 4])  # what lies behind is now stale
     new, want = (torch.stack([t[0, 28:33], t[1, 4:9]]) for t in (x, full))  # (2, 5, C)
     check("rows of unequal length = each alone", layer(new, cache), want, EXACT)
+    paged = PagedLatentCache(2, 128, 32, 8, device, x.dtype, pool=3)
+    layer(prompts, paged)
+    paged.truncate([28, 4])
+    paged.select(torch.tensor([0, 1, 0], device=device))  # row 2 shares row 0's page until now
+    check(
+        "in pages of 64, one of them shared at first",
+        layer(new[[0, 1, 0]], paged),
+        want[[0, 1, 0]],
+        EXACT,
+    )
+
+
+def verify_kernels(device: torch.device) -> None:
+    """`mla_decode` by kernels in fp32 against its twin in float64: unequal rows, several chunks."""
+    for cache in (kind(2, 900, 512, 64, device) for kind in (LatentCache, PagedLatentCache)):
+        cache.append(*(torch.randn(2, 900, width, device=device) for width in (512, 64)))
+        cache.truncate([900, 65])
+        q = torch.randn(2, 16, 2, 576, device=device)  # two tokens: MTP's draft is verified so
+        where = {"lengths": cache.lengths, "pages": cache.pages}
+        got, want = (
+            mla_decode(t, u, 512, 0.05, **where)
+            for t, u in ((q, cache.entries), (q.double(), cache.entries.double()))
+        )
+        check(f"decode kernel's output, fp32, {type(cache).__name__}", got, want.float(), 1e-5)
 
 
 def verify_numbers(device: torch.device) -> None:
@@ -578,6 +861,12 @@ def matmul_attention(q, k, v, causal=True, scale=None, mask=None, keys_left=Fals
     return (scores.softmax(-1) @ v).flatten(1, 2).unsqueeze(2)  # (B, H, 1, V)
 
 
+OPERATIONS = {  # of the attention part on one slot of the cache: bytes, flop
+    "MHA": (8192, 2 * 16 * 256),
+    "GQA-2": (1024, 2 * 16 * 256),
+    "MLA re-expanded": (1152, 2 * 512 * 16 * 256 + 2 * 16 * (192 + 128)),
+    "MLA absorbed": (1152, 2 * 16 * (576 + 512)),
+}
 RIVALS = {  # which is fastest depends on dtype, heads and context: each kind of head takes its best
     "SDPA": partial(F.scaled_dot_product_attention, enable_gqa=True),
     "matmul": matmul_attention,
@@ -603,6 +892,16 @@ def decode_tasks(S: int, device: torch.device, dtype: torch.dtype) -> dict[str, 
     return tasks
 
 
+def roof(device: torch.device) -> tuple[float, float]:
+    """GB/s of a copy and Gflop/s of a square product in bf16, as measured here and now."""
+    gpu = device.type == "cuda"
+    a = torch.empty(2**30 if gpu else 2**27, dtype=torch.uint8, device=device)
+    b, m = torch.zeros_like(a), 8192 if gpu else 1536
+    x = torch.randn(m, m, device=device).bfloat16()
+    ms = race({"copy": lambda: a.copy_(b), "product": lambda: x @ x}, device, rounds=3)
+    return 2 * a.numel() / ms["copy"] / 1e6, 2 * m**3 / ms["product"] / 1e6
+
+
 def fastest(times: dict[str, float]) -> dict[str, tuple[float, str]]:
     """{"kind: rival": ms} -> {kind: (ms, rival)} of its best rival."""
     best: dict[str, tuple[float, str]] = {}
@@ -623,41 +922,52 @@ def decoding(device: torch.device, out: Path) -> None:
         times = race(tasks, device) | race(slow, device, rounds=2)  # so slow that two tell
         for kind, (ms, _) in fastest(times).items():
             curves.setdefault(kind, []).append(ms)
-    operations = {"MHA": (8192, 2 * 16 * 256), "GQA-2": (1024, 2 * 16 * 256)}  # bytes, flop a slot
-    operations["MLA re-expanded"] = (1152, 2 * 512 * 16 * 256 + 2 * 16 * (192 + 128))
-    operations["MLA absorbed"] = (1152, 2 * 16 * (576 + 512))
-    for kind, (size, flop) in operations.items():
+    points = {}
+    for kind, (size, flop) in OPERATIONS.items():
         text = f"ms   a slot: {size:,} B, {flop:,} flop, {flop / size:,.0f} flop/B"
         name = kind.lower().replace(" ", "_").replace("-", "")
         measure(f"decode_16k_{name}_ms", curves[kind][-1], text)
+        points[kind] = flop / size, flop * contexts[-1] / curves[kind][-1] / 1e6  # Gflop/s
     faster = [m < h for m, h in zip(curves["MLA absorbed"], curves["MHA"], strict=True)]
     if faster[-1]:
         first = max((i + 1 for i, less in enumerate(faster) if not less), default=0)
         measure("crossover_context", contexts[first], "tokens: from here on absorbed MLA beats MHA")
-    draw(contexts, curves, out)
+    bandwidth, peak = roof(device)
+    measure("copy_bandwidth", bandwidth, "GB/s, read and written: the slope of the roof")
+    measure("matmul_peak", peak, "Gflop/s in bf16: the roof")
+    draw(contexts, curves, points, (bandwidth, peak), out)
     print(f"figure   {out}")
 
 
-def draw(contexts: list[int], curves: dict[str, list[float]], out: Path) -> None:
-    """Milliseconds of the attention part of one token against context, one line a kind."""
+def draw(contexts: list[int], curves: dict, points: dict, roof: tuple, out: Path) -> None:
+    """Left: a token's attention part against context. Right: the last of each, under the roof."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     for kind, ms in curves.items():
-        axes.plot(contexts, ms, "s--" if kind == "MLA re-expanded" else "o-", label=kind)
-        axes.annotate(f"  {ms[-1]:,.1f} ms", (contexts[-1], ms[-1]), va="center")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(contexts, [f"{S // 1024}k" if S >= 1024 else str(S) for S in contexts])
-    axes.set_xlim(right=contexts[-1] * 2.2)
-    axes.set(xlabel="context (tokens)", ylabel="attention part of one token, one layer (ms)")
+        left.plot(contexts, ms, "s--" if kind == "MLA re-expanded" else "o-", label=kind)
+        left.annotate(f"  {ms[-1]:,.1f} ms", (contexts[-1], ms[-1]), va="center")
+        right.plot(*points[kind], "s" if kind == "MLA re-expanded" else "o", ms=9)
+        side = "right" if points[kind][0] > 1e3 else "left"
+        right.annotate(f"  {kind}  ", points[kind], va="top", ha=side)
+    left.set_xscale("log", base=2)
+    left.set_yscale("log")
+    left.set_xticks(contexts, [f"{S // 1024}k" if S >= 1024 else str(S) for S in contexts])
+    left.set_xlim(right=contexts[-1] * 2.2)
+    left.set(xlabel="context (tokens)", ylabel="attention part of one token, one layer (ms)")
+    left.legend(title="16 heads, V2-Lite's sizes, bf16")
+    bandwidth, peak = roof
+    right.plot([0.5, peak / bandwidth, 2e4], [0.5 * bandwidth, peak, peak], "k-", lw=1)
+    right.annotate(f"{bandwidth:,.0f} GB/s", (1, bandwidth), ha="right", va="bottom")
+    right.annotate(f"{peak:,.0f} Gflop/s", (2e4, peak), ha="right", va="bottom")
+    right.set(xscale="log", yscale="log", xlabel="operations on a byte of cache", ylabel="Gflop/s")
+    right.set_title("the same at 16k, under the roof of this machine")
     mha, absorbed, expanded = (curves[k][-1] for k in ("MHA", "MLA absorbed", "MLA re-expanded"))
     title = f"A token at 16k: absorbed MLA takes 1/{mha / absorbed:.1f} of MHA's time, "
-    axes.set_title(f"{title}re-expanded {expanded / mha:.0f}x")
-    axes.legend(title="16 heads, V2-Lite's sizes, bf16")
+    figure.suptitle(f"{title}re-expanded {expanded / mha:.0f}x")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)
     plt.close(figure)
@@ -715,6 +1025,33 @@ def bench(device: torch.device, S: int = 8192) -> None:
         measure(f"layer_ratio_{name}", ms["MHA"] / ms["MLA"], text)
 
 
+@torch.no_grad()
+def bench_kernels(device: torch.device, S: int = 8192) -> None:
+    """`mla_decode` where it waits for memory and where it computes, by CUDA graphs."""
+    ms_of = partial(triton.testing.do_bench_cudagraph, rep=200, return_mode="median")
+    bandwidth, _ = roof(device)
+    for H, B, T in (16, 64, 1), (16, 64, 2), (128, 128, 1), (128, 32, 2):
+        make = partial(torch.randn, device=device, dtype=torch.bfloat16)
+        q, pool = make(B, H, T, 576), make(B * S // 64, 64, 576)
+        pages = torch.randperm(len(pool), device=device).view(B, -1).to(torch.int32)
+        lengths = torch.full((B,), S, device=device)
+        decode = partial(mla_decode, q, kv_lora_rank=512, scale=0.07, lengths=lengths)
+        plain = ms_of(partial(decode, entries=pool.view(B, S, 576)))
+        paged = ms_of(partial(decode, entries=pool, pages=pages))
+        speed = 2 * B * H * T * S * (576 + 512) / plain / 1e9
+        share = pool.numel() * 2 / plain / 1e6 / bandwidth
+        text = f"TFLOP/s, {plain:.3f} ms, {share:.0%} of the copy bandwidth; {paged:.3f} ms paged"
+        measure(f"mla_decode_{H}_heads_{T}_queries_batch_{B}", speed, text)
+        del pool, decode
+    B, H = 64, 16
+    for kind, G, D in ("MHA", 16, 128), ("GQA-8", 8, 128), ("MLA_explicit", 16, 192):
+        q, k, v = make(B, H, 1, D), make(B, G, S, D), make(B, G, S, 128)
+        padded = F.pad(v, (0, D - 128))
+        ms = ms_of(partial(F.scaled_dot_product_attention, q, k, padded, enable_gqa=G < H))
+        text = f"ms   16 heads, batch {B}, {S} slots, by SDPA; its keys and values spelled out"
+        measure(f"decode_{kind.replace('-', '_')}_ms", ms, text)
+
+
 # %% Exercises -------------------------------------------------------------------------------
 # 1. Break it: take `* m**2` out of `self.scale`. Which check stops the chapter, and why could a
 #    prompt of one token never show it? Put m² back and leave out `* self.amplitude` instead.
@@ -741,11 +1078,15 @@ def main() -> None:
     verify_forms(device)
     verify_layouts(device)
     verify_cache(device)
+    if device.type == "cuda" and triton is not None:
+        verify_kernels(device)
     verify_numbers(device)
     memory()
     decoding(device, args.out / "02_mla.png")
     if args.bench:
         bench(device)
+        if device.type == "cuda" and triton is not None:
+            bench_kernels(device)
 
 
 if __name__ == "__main__":

@@ -127,3 +127,21 @@ def compile_flash(attn, capability: int, which: str, D: int, V: int, kind="bf16"
     constants |= {"PRECISION": "ieee"}
     launch = {"num_warps": warps, "num_stages": stages}
     return compile_for(capability, kernel, types, constants, [*names, *strides], **launch)
+
+
+def compile_decode(mla, capability: int, rows: int, kind="bf16", L=512, R=64, page=64):
+    """The kernel of 02's as `launch_decode` would have it."""
+    width = 4 if kind == "fp32" else 2
+    config = mla.decode_config(rows, L, width, divmod(capability, 10))
+    BM, BN, warps, stages, parts, _ = config
+    types = {"q": f"*{kind}", "entries": f"*{kind}", "out": "*fp32", "lse": "*fp32"}
+    types |= {"lengths": "*i64", "pages": "*i32"}
+    types |= dict.fromkeys(("q_b", "e_b", "e_s", "p_b", "ROWS", "T", "chunk"), "i32")
+    types |= {"scale": "fp32"}
+    constants = ({} if page else {"pages": None}) | {"PAGE": page, "L": L, "R": R, "PARTS": parts}
+    constants |= {"LP": max(16, (1 << (L - 1).bit_length()) // parts)}
+    constants |= {"RP": max(16, 1 << (R - 1).bit_length()), "BM": BM, "BN": BN, "PRECISION": "ieee"}
+    aligned = [name for name, kind in types.items() if kind[0] == "*"]
+    aligned += ["q_b", "e_b", "e_s", "chunk"]
+    launch = {"num_warps": warps, "num_stages": stages}
+    return compile_for(capability, mla.mla_decode_kernel, types, constants, aligned, **launch)

@@ -1,6 +1,7 @@
 """02_mla.py against transformers' DeepseekV3Attention, and against itself in its two forms."""
 
 import copy
+import importlib.util
 import itertools
 import math
 import warnings
@@ -8,6 +9,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from ahead import SHARED_LIMIT, compile_decode, interpret
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -737,3 +739,229 @@ def test_append_refuses(latent, k_rope):
     with pytest.raises(ValueError, match=r"cache takes \(2, T, 4\) and \(2, T, 2\)"):
         cache.append(torch.ones(latent), torch.ones(k_rope))
     assert cache.used == 0
+
+
+# Pages --------------------------------------------------------------------------------------
+
+
+def contents(cache):
+    """What each row holds, whatever the layout."""
+    entries = cache.entries if cache.pages is None else mla.unpaged(cache.entries, cache.pages)
+    return [row[:n] for row, n in zip(entries, cache.lengths.tolist(), strict=True)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_pages_hold_what_a_plain_cache_holds(data):
+    """Append, truncate, select, in any order: the same rows, and no page is lost or held twice."""
+    B = data.draw(st.integers(1, 4))
+    plain, paged = mla.LatentCache(B, 400, 3, 2), mla.PagedLatentCache(B, 400, 3, 2, pool=40)
+    for _ in range(data.draw(st.integers(1, 8))):
+        B = len(plain.lengths)
+        match data.draw(st.sampled_from(["append", "append", "truncate", "select"])):
+            case "append":
+                T = data.draw(st.sampled_from([1, 1, 2, 63, 64, 65, 100]))
+                if plain.used + T > 400:
+                    continue
+                need = sum(-(-(n + T) // 64) for n in plain.lengths.tolist())
+                if need > 40:  # more than all pages, shared or not
+                    continue
+                new = torch.randn(B, T, 3), torch.randn(B, T, 2)
+                plain.append(*new)
+                paged.append(*new)
+            case "truncate":
+                kept = [data.draw(st.integers(0, n)) for n in plain.lengths.tolist()]
+                plain.truncate(kept)
+                paged.truncate(kept)
+            case "select":
+                rows = torch.tensor(
+                    data.draw(st.lists(st.integers(0, B - 1), min_size=1, max_size=4))
+                )
+                plain.select(rows)
+                paged.select(rows)
+        assert torch.equal(plain.lengths, paged.lengths) and plain.used == paged.used
+        for mine, theirs in zip(contents(paged), contents(plain), strict=True):
+            assert torch.equal(mine, theirs)
+        held = sum(paged.held, [])
+        assert [held.count(page) for page in range(40)] == paged.holders
+        assert sorted(paged.free) == [page for page in range(40) if page not in held]
+        assert paged.sizes == paged.lengths.tolist()
+
+
+def test_rows_share_pages_until_one_writes():
+    cache = mla.PagedLatentCache(1, 256, 3, 2, pool=6)
+    cache.append(torch.randn(1, 100, 3), torch.randn(1, 100, 2))
+    cache.select(torch.tensor([0, 0, 0]))
+    assert len(cache.free) == 4  # two pages for three rows
+    before = contents(cache)
+    cache.append(torch.randn(3, 1, 3), torch.randn(3, 1, 2))
+    assert len(cache.free) == 2  # the first is still shared, of the second two rows took a copy
+    assert len({held[0] for held in cache.held}) == 1 < len({held[1] for held in cache.held}) == 3
+    for mine, old in zip(contents(cache), before, strict=True):
+        assert torch.equal(mine[:100], old)
+    cache.select(torch.tensor([True, False, False]))
+    assert len(cache.free) == 4 and cache.holders[cache.held[0][0]] == 1
+
+
+def test_an_empty_pool_refuses_and_changes_nothing():
+    cache = mla.PagedLatentCache(2, 256, 3, 2, pool=3)
+    cache.append(torch.ones(2, 64, 3), torch.ones(2, 64, 2))
+    state = copy.deepcopy((cache.held, cache.holders, cache.free, cache.sizes, cache.entries))
+    with pytest.raises(ValueError, match="1 of 3 pages are free, the new tokens need 2"):
+        cache.append(torch.zeros(2, 1, 3), torch.zeros(2, 1, 2))
+    with pytest.raises(ValueError, match="256 slots: 64 used \\+ 193 new"):
+        cache.append(torch.zeros(2, 193, 3), torch.zeros(2, 193, 2))
+    after = cache.held, cache.holders, cache.free, cache.sizes
+    assert after == state[:-1] and torch.equal(cache.entries, state[-1]) and cache.used == 64
+    cache.truncate([64, 63])
+    cache.append(torch.zeros(2, 1, 3), torch.zeros(2, 1, 2))
+
+
+@pytest.mark.parametrize("absorb", [None, False, True], ids=["auto", "explicit", "absorbed"])
+def test_a_layer_on_pages_is_the_layer(absorb):
+    layer, x = make(q_lora_rank=12, rope_scaling=EQUAL), inputs(3, 150)
+    caches = [
+        kind(3, 160, 16, 8, dtype=torch.float64) for kind in (mla.LatentCache, mla.PagedLatentCache)
+    ]
+    for cache in caches:
+        layer(x[:, :120], cache)
+        cache.truncate([120, 3, 64])
+        cache.select(torch.tensor([1, 0, 2, 2]))
+    x = x[[1, 0, 2, 2], 120:]
+    for part in x.split([1, 2, 10, 17], 1):
+        want, got = (layer(part, cache, absorb) for cache in caches)
+        assert torch.equal(got, want) or (got - want).abs().max() <= EXACT
+
+
+@pytest.mark.parametrize(
+    "q, entries, pages, message",
+    [
+        ((2, 3, 1, 7), (2, 9, 6), None, "got"),
+        ((2, 3, 1, 7), (3, 9, 7), None, "got"),
+        ((2, 3, 1, 7), (2, 64, 7), (3, 1), "pages True"),
+    ],
+    ids=["width", "batch", "rows"],
+)
+def test_mla_decode_refuses(q, entries, pages, message):
+    pages = None if pages is None else torch.zeros(pages, dtype=torch.int32)
+    with pytest.raises(ValueError, match=message):
+        mla.mla_decode(torch.randn(q), torch.randn(entries), 5, 1.0, pages=pages)
+    with pytest.raises(ValueError, match="a mask or lengths"):
+        mask, lengths = torch.ones(1, 1, 1, 9, dtype=torch.bool), torch.tensor([9, 9])
+        mla.mla_decode(torch.randn(2, 3, 1, 7), torch.randn(2, 9, 7), 5, 1.0, mask, lengths)
+
+
+# The kernels ---------------------------------------------------------------------------------
+
+TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
+INTERPRETED = """
+import random
+from importlib import import_module
+import torch
+mla = import_module("02_mla")
+torch.manual_seed(0)
+random.seed(0)
+
+
+def compare(B, H, T, S, L, R, lengths=None, paged=False, dtype=torch.float32, config=None):
+    lengths = [random.randint(T, S) for _ in range(B)] if lengths is None else lengths
+    lengths = torch.tensor(lengths)
+    q, entries = torch.randn(B, H, T, L + R).to(dtype), torch.randn(B, S, L + R).to(dtype)
+    want = mla.mla_decode(q.double(), entries.double(), L, 0.2, lengths=lengths)
+    for row, n in zip(entries, lengths, strict=True):
+        row[n:] = float("nan")  # what is stale is never read
+    pages = None
+    if paged:
+        each = -(-S // 64)
+        pages = torch.randperm(B * each + 3)[: B * each].view(B, each).to(torch.int32)
+        pool = torch.full((B * each + 3, 64, L + R), float("nan"), dtype=dtype)
+        padded = torch.nn.functional.pad(entries, (0, 0, 0, 64 * each - S), value=float("nan"))
+        pool[pages] = padded.unflatten(1, (each, 64))
+        entries = pool
+    config = config or mla.decode_config(H * T, L, entries.itemsize, (9, 0))
+    got = mla.launch_decode(q, entries, L, 0.2, lengths, pages, config)
+    assert got.dtype == dtype
+    tol = 2e-6 if dtype == torch.float32 else 2e-3
+    error = (got.double() - want).abs().max()
+    assert error <= tol, (error, B, H, T, S, L, R, lengths, paged)
+    return got
+"""
+CASES = {
+    "shapes": """
+compare(1, 1, 1, 1, 8, 8)
+compare(2, 4, 1, 300, 16, 8, [300, 1])  # three chunks; two of the second row's are empty
+compare(2, 4, 2, 300, 16, 8, [257, 2])  # the last chunk holds one slot, and the first query 0
+compare(3, 20, 1, 200, 40, 12, paged=True)
+compare(2, 17, 2, 129, 24, 8, [129, 128], paged=True)
+for _ in range(8):
+    L, R = random.randint(1, 70), 2 * random.randint(1, 10)
+    T = random.randint(1, 3)
+    compare(random.randint(1, 3), random.randint(1, 20), T, random.randint(T, 270), L, R,
+            paged=random.random() < 0.5)
+""",
+    "every_config": """
+# the tiles that GPUs run, forced onto the interpreter: fp16, for its products of bf16 are wrong
+for capability in (8, 0), (8, 6), (9, 0), (10, 0), (12, 0):
+    for rows in 16, 32, 64, 128:
+        config = mla.decode_config(rows, 512, 2, capability)
+        for paged in False, True:
+            compare(1, rows // 2, 2, 140, 512, 64, [140], paged, torch.float16, config)
+compare(1, 128, 1, 70, 300, 24, [69], True, torch.float16)  # two parts, the second one narrower
+""",
+    "same_bits": """
+torch.manual_seed(1)
+first = compare(2, 4, 2, 300, 16, 8, [300, 200])
+torch.manual_seed(1)
+assert torch.equal(first, compare(2, 4, 2, 300, 16, 8, [300, 200]))
+""",
+}
+
+
+@TRITON
+@pytest.mark.parametrize("case", CASES)
+def test_decode_kernels_in_the_interpreter(case):
+    interpret(INTERPRETED + CASES[case])
+
+
+TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
+
+
+@TRITON
+@pytest.mark.parametrize("page", [0, 64])
+@pytest.mark.parametrize("rows", [16, 32, 64, 128])
+@pytest.mark.parametrize("capability", TENSOR_CORE)
+def test_decode_compiles_without_a_spill(capability, rows, page):
+    got = compile_decode(mla, capability, rows, page=page)
+    assert got.spilled == 0
+    _, _, warps, _, _, each = mla.decode_config(rows, 512, 2, divmod(capability, 10))
+    assert each * got.shared <= 1024 * SHARED_LIMIT[capability]
+    assert each * got.registers * 32 * warps <= 2**16
+    assert ("mma.sync" if rows <= 32 else TENSOR_CORE[capability]) in got.ptx
+
+
+@TRITON
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, L, R", [("fp32", 512, 64), ("fp16", 512, 64), ("bf16", 96, 24)])
+@pytest.mark.parametrize("capability", TENSOR_CORE)
+def test_other_widths_compile_without_a_spill(capability, kind, L, R):
+    got = compile_decode(mla, capability, 64, kind, L, R)
+    assert got.spilled == 0 and got.shared <= 1024 * SHARED_LIMIT[capability]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+@pytest.mark.parametrize("H, T", [(16, 1), (16, 2), (128, 1), (128, 2), (4, 1)])
+def test_decode_on_a_gpu(H, T, paged, dtype):
+    kind = mla.PagedLatentCache if paged else mla.LatentCache
+    cache = kind(3, 3000, 512, 64, "cuda", dtype)
+    cache.append(*(torch.randn(3, 3000, w, device="cuda") for w in (512, 64)))
+    cache.truncate([3000, 1, 1500])
+    q = torch.randn(3, H, T, 576, device="cuda", dtype=dtype)
+    lengths = cache.lengths.clamp(min=T)
+    got = mla.mla_decode(q, cache.entries, 512, 0.1, lengths=lengths, pages=cache.pages)
+    entries = cache.entries if not paged else mla.unpaged(cache.entries, cache.pages)[:, :3000]
+    want = mla.mla_decode(q.double(), entries.double(), 512, 0.1, lengths=lengths)
+    tol = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}[dtype]
+    assert (got.double() - want).abs().max() <= tol * (1 + want.abs().max())
