@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.11,<=2.13", "matplotlib>=3.8", "numpy>=1.26"]
+# dependencies = [
+#   "torch>=2.11,<=2.13", "triton>=3.6; sys_platform == 'linux'", "matplotlib>=3.8", "numpy>=1.26",
+# ]
 # ///
 r"""03 · DeepSeekMoE: many small experts, a few for each token, kept busy by a bias, not a loss.
 
@@ -37,12 +39,17 @@ Run:  python 03_moe_router.py [--bench]          16 s on one CPU core, 21 s with
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+try:
+    import triton
+    from triton import language as tl
+except ImportError:  # macOS, Windows: the PyTorch twins do it all
+    triton = tl = None
 
 # %% 1. The equation, word for word ----------------------------------------------------------
 # One token after the other, one expert after the other.
@@ -91,10 +98,18 @@ def moe_reference(moe: "MoE", x: Tensor) -> tuple[Tensor, Tensor]:
 # %% 2. The piece ----------------------------------------------------------------------------
 # Tokens are sorted by expert, so that each expert's are neighbours: then a layer is two grouped
 # products, whatever the load, and no token is ever dropped. On a CPU these go through memory a few
-# experts at a time, by hand; else autograd puts them together, and `grouped_gemm` may be a kernel.
+# experts at a time, by hand; on a GPU kernels fetch the rows of x as they multiply them.
 
 
-# >>> copy: Router, SwiGLU, MoE, grouped_gemm, sequence_balance_loss, max_violation (needs torch)
+# >>> copy: Router, SwiGLU, MoE, grouped_gemm, max_violation (needs torch, triton, tl)
+import math
+from collections.abc import Callable
+from functools import cache, partial
+
+if triton is not None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+
 class Router(nn.Module):
     """Which K of the E experts serve a token, and with what weights (V3 eq. 13-16).
 
@@ -242,22 +257,201 @@ class _GroupedGemm(torch.autograd.Function):
         return _products_backward(grad, x, weight, ctx.sizes, dw), dw, None
 
 
-def grouped_gemm(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
-    """Each expert's rows times its own matrix, transposed: y = x W_eᵀ, in the dtype of x.
+# The kernels. How many rows an expert has is known to the GPU alone, and asking would make it wait:
+# so each program finds out from the experts' last rows which tile of which expert is its own.
+if triton is not None:
 
-    x: (M, A) rows sorted by expert, weight: (E, B, A), sizes: (E,) int rows of each -> (M, B).
-    Under autocast it takes autocast's dtype, as nn.Linear does. Shapes that do not fit raise
-    ValueError. This is the PyTorch twin that a Triton kernel will stand beside; on CUDA it waits
-    for the device to learn the sizes.
+    @triton.jit
+    def _tiles_up_to(ends, E, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+        """Tiles of ROWS rows of the first expert, of the first two, …: (EXPERTS,)."""
+        e = tl.arange(0, EXPERTS)
+        end = tl.load(ends + e, mask=e < E, other=0)
+        start = tl.load(ends + e - 1, mask=(e > 0) & (e < E), other=0)
+        return tl.cumsum(tl.cdiv(end - start, ROWS), 0)
+
+    @triton.jit
+    def grouped_rows_kernel(
+        x, weight, out, ends, source, N, K, E, EXPERTS: tl.constexpr, TURNED: tl.constexpr,
+        TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+        GROUP: tl.constexpr,
+    ):  # fmt: skip
+        """Tiles (BM, BN) of out[m] = w x[m], w of m's expert; a program takes every so-manieth.
+
+        weight: (E, N, K), or TURNED (E, K, N). source: row m is x[source[m]]. TMA: weight, and x
+        without a source, are descriptors. GROUP rows of tiles follow one another: what they share
+        stays in L2.
+        """
+        up_to, tiles_n = _tiles_up_to(ends, E, BM, EXPERTS), tl.cdiv(N, BN)
+        for tile in tl.range(
+            tl.program_id(0), tl.max(up_to, 0) * tiles_n, tl.num_programs(0), flatten=TMA
+        ):
+            expert = tl.sum((up_to * tiles_n <= tile).to(tl.int32), 0)
+            place = tile - tl.max(tl.where(up_to * tiles_n <= tile, up_to, 0), 0) * tiles_n
+            first_row = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+            last_row = tl.load(ends + expert)
+            top = place // (GROUP * tiles_n) * GROUP
+            height = tl.minimum(tl.cdiv(last_row - first_row, BM) - top, GROUP)
+            m0 = first_row + (top + place % (GROUP * tiles_n) % height) * BM
+            n0 = place % (GROUP * tiles_n) // height * BN
+            m, n, k = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN), tl.arange(0, BK)
+            row = m
+            if source is not None:
+                row = tl.load(source + m, mask=m < last_row, other=0)
+            if source is not None or not TMA:
+                x_at = x + row[:, None].to(tl.int64) * K + k[None, :]
+            if not TMA:
+                w_at = weight + expert.to(tl.int64) * N * K
+                w_at += (k[:, None] * N + n[None, :]) if TURNED else (n[None, :] * K + k[:, None])
+            total = tl.zeros((BM, BN), tl.float32)
+            for start in range(0, K, BK):
+                inside = k < K - start
+                if source is None and TMA:  # rows of the next expert too: they are not stored
+                    rows = x.load([m0, start])
+                else:
+                    ours = (m[:, None] < last_row) & inside[None, :]
+                    rows = tl.load(x_at + start, mask=ours, other=0.0)
+                if TMA and TURNED:
+                    w = weight.load([expert * K + start, n0])
+                elif TMA:
+                    w = weight.load([expert * N + n0, start]).T
+                else:
+                    ours = (n[None, :] < N) & inside[:, None]
+                    w = tl.load(w_at + start * (N if TURNED else 1), mask=ours, other=0.0)
+                total = tl.dot(rows, w, total, input_precision="ieee")
+            at = out + m[:, None].to(tl.int64) * N + n[None, :]
+            inside = (m[:, None] < last_row) & (n[None, :] < N)
+            tl.store(at, total.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def grouped_weights_kernel(
+        grad, x, out, ends, source, N, K, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr
+    ):
+        """One tile (BN, BK) of out[e] = Σ grad[m] x[m]ᵀ over the rows of expert e: (E, N, K)."""
+        tiles_k = tl.cdiv(K, BK)
+        tile, expert = tl.program_id(0), tl.program_id(1)
+        n, k = tile // tiles_k * BN + tl.arange(0, BN), tile % tiles_k * BK + tl.arange(0, BK)
+        first_row = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+        last_row = tl.load(ends + expert)
+        total = tl.zeros((BN, BK), tl.float32)
+        for start in range(first_row, last_row, BR):
+            m = start + tl.arange(0, BR)
+            row, ours = m, m[:, None] < last_row
+            if source is not None:
+                row = tl.load(source + m, mask=m < last_row, other=0)
+            g_at = grad + m[:, None].to(tl.int64) * N + n[None, :]
+            x_at = x + row[:, None].to(tl.int64) * K + k[None, :]
+            g = tl.load(g_at, mask=ours & (n[None, :] < N), other=0.0)
+            rows = tl.load(x_at, mask=ours & (k[None, :] < K), other=0.0)
+            total = tl.dot(g.T, rows, total, input_precision="ieee")
+        at = out + expert.to(tl.int64) * N * K + n[:, None].to(tl.int64) * K + k[None, :]
+        inside = (n[:, None] < N) & (k[None, :] < K)
+        tl.store(at, total.to(out.dtype.element_ty), mask=inside)
+
+
+def grouped_configs(which: str, itemsize: int, capability: tuple[int, int]) -> list[tuple]:
+    """(tile, warps, stages, TMA) of what may run, the first unless a timing says otherwise.
+
+    tile: (BM, BN, BK) of "rows", (BN, BK, BR) of "weights". The tests compile all of them for sm_80
+    to sm_120 and find nothing spilt.
     """
-    counts = sizes.tolist()
-    fits = x.dim() == 2 and weight.dim() == 3 and x.shape[-1] == weight.shape[-1]
-    if not fits or len(counts) != len(weight) or sum(counts) != len(x) or min(counts) < 0:
-        got = f"{tuple(x.shape)}, {tuple(weight.shape)}, {tuple(sizes.shape)} summing to "
-        raise ValueError(f"want (M, A), (E, B, A), (E,) summing to M; got {got}{sum(counts)}")
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _GroupedGemm.apply(x, weight, counts)
+    if itemsize == 4:
+        return [((32, 32, 32), 4, 2, False)]
+    large = capability[0] in (9, 10) or capability == (8, 0)  # more than 99 KB of shared memory
+    if which == "weights":  # row numbers are fetched before the rows: two more stages
+        deep, small = ((128, 128, 64), 8, 5, False), ((64, 64, 32), 4, 5, False)
+        return (
+            [deep, ((128, 128, 32), 4, 6, False)]
+            if large
+            else [((128, 128, 32), 8, 5, False), small]
+        )
+    if large and capability[0] > 8:
+        tiles = ((128, 256, 64), 8, 3), ((128, 128, 64), 8, 4), ((64, 128, 64), 4, 4)
+        return [*((*tile, True) for tile in tiles), *((*tile, False) for tile in tiles[1:])]
+    if large:
+        return [((128, 128, 64), 8, 3, False), ((128, 128, 32), 8, 4, False)]
+    return [((128, 128, 32), 8, 3, False), ((64, 64, 32), 4, 4, False)]
+
+
+def grouped_launches(which: str, operands: tuple, out_dtype, ends: Tensor, turned=False) -> list:
+    """Functions that compute the product, one a configuration; operands with their source or None.
+
+    "rows": x (M, K), weight (E, N, K), or turned (E, K, N) -> (M, N). "weights": grad (M, N), x
+    (M, K) -> (E, N, K). source: (M,) int, the row of x that stands for each row.
+    """
+    x, other, source = operands
+    place = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+    E, M = len(ends), len(x) if source is None else len(source)
+    if which == "weights":
+        (M, N), K, shape = x.shape, other.shape[1], (E, x.shape[1], other.shape[1])
+    else:
+        K, N, shape = x.shape[1], other.shape[-1 if turned else 1], None
+    may = grouped_configs(which, x.element_size(), place)
+    # descriptors want rows of whole 16 bytes; a step past K would meet the next expert's weights
+    aligned = K % 64 == N % 8 == x.data_ptr() % 16 == other.data_ptr() % 16 == 0
+
+    def launch(tile: tuple[int, int, int], warps: int, stages: int, tma: bool) -> Tensor:
+        out = torch.empty(shape or (M, N), dtype=out_dtype, device=x.device)
+        if not out.numel():
+            return out
+        a, b = x, other
+        options = {"num_warps": warps, "num_stages": stages}
+        with torch.cuda.device_of(x):  # Triton launches on the current GPU, whatever x says
+            if which == "weights":
+                BN, BK, BR = tile
+                grid = triton.cdiv(N, BN) * triton.cdiv(K, BK), E
+                grouped_weights_kernel[grid](a, b, out, ends, source, N, K, *tile, **options)
+                return out
+            BM, BN, BK = tile
+            programs = (M // BM + E) * triton.cdiv(N, BN)  # at most
+            if tma:
+                box = [BK, BN] if turned else [BN, BK]
+                b = TensorDescriptor.from_tensor(b.flatten(0, 1), box)
+                a = a if source is not None else TensorDescriptor.from_tensor(a, [BM, BK])
+                if x.is_cuda:
+                    each = 2 if BM * BN <= 128 * 64 else 1
+                    sms = torch.cuda.get_device_properties(x.device).multi_processor_count
+                    programs = min(programs, each * sms)
+            grouped_rows_kernel[(programs,)](
+                a, b, out, ends, source, N, K, E, EXPERTS=triton.next_power_of_2(E), TURNED=turned,
+                TMA=tma, BM=BM, BN=BN, BK=BK, GROUP=8, **options,
+            )  # fmt: skip
+        return out
+
+    return [partial(launch, *config) for config in may if aligned or not config[-1]]
+
+
+@cache
+def fastest_of() -> dict[tuple, int]:
+    """Which of `grouped_launches` won, for each kind of product that this process has timed."""
+    return {}
+
+
+def grouped_product(which: str, operands: tuple, out_dtype, ends: Tensor, turned=False) -> Tensor:
+    """The fastest of `grouped_launches`, which the first product of its kind times; while a CUDA
+    graph is recorded, the first."""
+    launches = grouped_launches(which, operands, out_dtype, ends, turned)
+    x, other, source = operands
+    size = (len(x) if source is None else len(source)).bit_length()
+    key = which, turned, x.device, x.dtype, size, x.shape[1:], other.shape[1:], source is None
+    best = fastest_of()
+    if key not in best and len(launches) > 1 and x.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return launches[0]()
+        want = launches[0]()
+        ms = [milliseconds(launch, want) for launch in launches]
+        best[key] = ms.index(min(ms))
+    return launches[best.get(key, 0)]()
+
+
+def milliseconds(run: Callable[[], Tensor], want: Tensor) -> float:
+    """inf if it does not compile or gives another product: what was never seen on this GPU has to
+    earn its place."""
+    try:
+        error = (run().float() - want.float()).norm()
+    except (RuntimeError, triton.CompilationError, triton.OutOfResources):
+        return math.inf
+    right = error <= 1e-3 * want.float().norm()
+    return triton.testing.do_bench(run, warmup=5, rep=20) if right else math.inf
 
 
 class _Dispatch(torch.autograd.Function):
@@ -286,6 +480,60 @@ class _Combine(torch.autograd.Function):
     def backward(ctx, grad):
         (token_of_row,) = ctx.saved_tensors
         return grad.index_select(0, token_of_row), None, None
+
+
+class _GroupedKernels(torch.autograd.Function):
+    """`grouped_gemm` by kernels, with the gather of its rows: x's copies are never in memory."""
+
+    @staticmethod
+    def forward(ctx, x, weight, ends, token_of_row, rows_of_token):
+        w = weight.to(x.dtype)
+        ctx.save_for_backward(x, w, ends, token_of_row, rows_of_token)
+        ctx.dtype = weight.dtype
+        return grouped_product("rows", (x, w, token_of_row), x.dtype, ends)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w, ends, token_of_row, rows_of_token = ctx.saved_tensors
+        grad = grad.contiguous()
+        dx = grouped_product("rows", (grad, w, None), x.dtype, ends, turned=True)
+        if rows_of_token is not None:
+            dx = F.embedding_bag(rows_of_token, dx, mode="sum")
+        dw = grouped_product("weights", (grad, x, token_of_row), ctx.dtype, ends)
+        return dx, dw, None, None, None
+
+
+def has_kernels(x: Tensor) -> bool:
+    wide = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return x.is_cuda and triton is not None and wide
+
+
+def grouped_gemm(x: Tensor, weight: Tensor, sizes: Tensor, routes=(None, None)) -> Tensor:
+    """Each expert's rows times its own matrix, transposed: y = x W_eᵀ, in the dtype of x.
+
+    x: (M, A) rows sorted by expert, weight: (E, B, A), sizes: (E,) int rows of each -> (M, B).
+    routes: token_of_row (M,), rows_of_token (N, K), and x is (N, A): row r is x[token_of_row[r]].
+    Under autocast it takes autocast's dtype, as nn.Linear does. Shapes that do not fit raise
+    ValueError. On a GPU by kernels that add in one order, the same bits at every run; that sizes
+    sum to M is checked elsewhere: a GPU would have to be waited for.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    counts, M = (
+        None if has_kernels(x) else sizes.tolist(),
+        len(x if routes[0] is None else routes[0]),
+    )
+    fits = x.dim() == 2 and weight.dim() == 3 and x.shape[-1] == weight.shape[-1]
+    fits = fits and sizes.shape == weight.shape[:1]
+    if not fits or counts is not None and (sum(counts) != M or min(counts) < 0):
+        got = f"{tuple(x.shape)}, {tuple(weight.shape)}, {tuple(sizes.shape)}"
+        got += "" if counts is None else f" summing to {sum(counts)}"
+        raise ValueError(f"want (M, A), (E, B, A), (E,) summing to M; got {got}")
+    if counts is None:
+        ends = sizes.cumsum(0).to(torch.int32)
+        return _GroupedKernels.apply(x.contiguous(), weight.contiguous(), ends, *routes)
+    rows = x if routes[0] is None else _Dispatch.apply(x, *routes)
+    return _GroupedGemm.apply(rows, weight, counts)
 
 
 class _ExpertsInBlocks(torch.autograd.Function):
@@ -387,8 +635,11 @@ class Experts(nn.Module):
             stacks = self.gate_up_proj, self.down_proj
             return _ExpertsInBlocks.apply(x, row_weights, *stacks, token_of_row, sizes.tolist())
         product, routes = self.grouped_gemm or grouped_gemm, (token_of_row, row_of_pair.view(N, K))
-        rows = _Dispatch.apply(x, *routes)  # (P, D)
-        gate, up = product(rows, self.gate_up_proj, sizes).chunk(2, -1)  # (P, I) each
+        if product is grouped_gemm:
+            gate_up = grouped_gemm(x, self.gate_up_proj, sizes, routes)  # (P, 2I)
+        else:
+            gate_up = product(_Dispatch.apply(x, *routes), self.gate_up_proj, sizes)
+        gate, up = gate_up.chunk(2, -1)  # (P, I) each
         hidden = F.silu(gate) * up * row_weights[:, None]
         return _Combine.apply(product(hidden, self.down_proj, sizes), *routes)
 
@@ -532,6 +783,20 @@ def verify_layer(device: torch.device) -> None:
 
 
 @torch.no_grad()
+def verify_kernels(device: torch.device) -> None:
+    """The layer by kernels, fp32, beside the same in float64: output and gradients."""
+    moe, x = MoE(96, 40, 16, 4), torch.randn(2, 50, 96)
+    runs = []
+    for dtype in torch.float32, torch.float64:
+        moe, x_in = moe.to(device, dtype), x.to(device, dtype).requires_grad_()
+        out = moe(x_in)
+        upstream = torch.ones_like(out)
+        runs.append((out, *torch.autograd.grad(out, (x_in, *moe.experts.parameters()), upstream)))
+    names = "output", "dx", "d_gate_up", "d_down"
+    for name, got, want in zip(names, *runs, strict=True):
+        check(f"grouped kernels: {name}, fp32", got, want, 1e-4)  # sums of up to 100 terms
+
+
 def verify_router(device: torch.device) -> None:
     """What the bias may change, and what it may not."""
     x = torch.randn(1024, 32, dtype=torch.float64).to(device)
@@ -799,6 +1064,34 @@ def bench(device: torch.device) -> None:
             measure(f"step_{name}_{short}_ms", value, text)
 
 
+def bench_kernels(device: torch.device) -> None:
+    """The three products of V2-Lite's first matrices alone, beside PyTorch's, bf16."""
+    N, D, I, E, K = 8192, 2048, 1408, 64, 6
+    sizes = torch.rand(N, E, device=device).topk(K).indices.flatten().bincount(minlength=E)
+    make = partial(torch.randn, device=device, dtype=torch.bfloat16)
+    x, weight, grad = make(N * K, D), make(E, 2 * I, D), make(N * K, 2 * I)
+    ends = sizes.cumsum(0).to(torch.int32)
+    products = {
+        "forward": (
+            partial(grouped_product, "rows", (x, weight, None), x.dtype, ends),
+            lambda: F.grouped_mm(x, weight.mT, offs=ends),
+        ),
+        "dgrad": (
+            partial(grouped_product, "rows", (grad, weight, None), x.dtype, ends, turned=True),
+            lambda: F.grouped_mm(grad, weight, offs=ends),
+        ),
+        "wgrad": (
+            partial(grouped_product, "weights", (grad, x, None), x.dtype, ends),
+            lambda: F.grouped_mm(grad.T, x, offs=ends),
+        ),
+    }
+    for name, (ours, theirs) in products.items():
+        ours()  # the first of its kind chooses a configuration
+        ms = race({"ours": ours, "theirs": theirs}, device)
+        text = f"TFLOP/s, {ms['theirs'] / ms['ours']:.2f}x torch's grouped_mm   bar 1"
+        measure(f"grouped_{name}", 2 * N * K * D * 2 * I / ms["ours"] / 1e9, text)
+
+
 # %% Exercises -------------------------------------------------------------------------------
 # 1. Break it: turn the sign round in `update_bias`. Which check stops the chapter, and at which
 #    MaxVio does the experiment end? Why is that the largest there is?
@@ -824,12 +1117,16 @@ def main() -> None:
         cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
     torch.manual_seed(args.seed)
     verify_layer(device)
+    if device.type == "cuda" and triton is not None:
+        verify_kernels(device)
     verify_router(device)
     verify_balance(device)
     verify_sizes(device)
     experiment(device, args.seed, args.out / "03_moe_router.png")
     if args.bench:
         bench(device)
+        if device.type == "cuda" and triton is not None:
+            bench_kernels(device)
 
 
 if __name__ == "__main__":

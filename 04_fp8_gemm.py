@@ -154,6 +154,7 @@ if triton is not None:
         block = expert * tl.num_programs(0) + tl.program_id(0)
         tl.store(scales + block * tl.num_programs(1) + tl.program_id(1), scale)
 
+    # same as 03_moe_router.py
     @triton.jit
     def _tiles_up_to(ends, E, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
         """Tiles of ROWS rows of the first expert, of the first two, …: (EXPERTS,)."""
@@ -406,6 +407,7 @@ def tuned_gemm(a, a_scales, b, b_scales, out_dtype, ends=None, along_k=False) ->
     return launch_gemm(*operands, best.get(key, may[0]), ends, along_k)
 
 
+# same as 03_moe_router.py
 def milliseconds(run: Callable[[], Tensor], want: Tensor) -> float:
     """inf if it does not compile or gives another product: what was never seen on this GPU has to
     earn its place."""

@@ -3,10 +3,11 @@ r"""What the compiler makes of every kernel configuration that the chapters ship
 No GPU is needed: each is compiled ahead of time, and the binary says what it takes. Registers are
 those of a thread (255 at most); what is spilt lives in slow memory, and nothing here is.
 
-Run:  python benchmarks/kernels.py          2 minutes on two CPU cores
+Run:  python benchmarks/kernels.py          4 minutes on one CPU core
 """
 
 import argparse
+import itertools
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +15,11 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "tests")]
 ahead = import_module("ahead")
 attn = import_module("01_attention")
+mla = import_module("02_mla")
+moe = import_module("03_moe_router")
 fp8 = import_module("04_fp8_gemm")
+GROUPED = [("rows", False, False), ("rows", True, False), ("rows", False, True)]
+GROUPED += [("weights", False, False), ("weights", False, True)]
 WIDTHS = (64, 64), (128, 128), (192, 128), (256, 256)  # of queries and keys, of values
 
 
@@ -36,6 +41,16 @@ def main() -> None:
             for which in "forward", "keys", "queries":
                 got = ahead.compile_flash(attn, capability, which, D, V)
                 show(f"flash_{which}_sm{capability}_bf16_{D}_{V}", got)
+        for rows, page in itertools.product((16, 32, 64, 128), (0, 64)):
+            got = ahead.compile_decode(mla, capability, rows, page=page)
+            show(f"mla_decode_sm{capability}_bf16_{rows}_rows{'_paged' * bool(page)}", got)
+        for which, turned, gather in GROUPED:
+            for config in moe.grouped_configs(which, 2, divmod(capability, 10)):
+                got = ahead.compile_grouped(moe, capability, which, config, "bf16", turned, gather)
+                tile, warps, stages, tma = config
+                how = [name for name, on in (("dgrad", turned), ("gather", gather)) if on]
+                how += ["x".join(map(str, tile)), f"{warps}w", f"{stages}s", *["tma"] * tma]
+                show("_".join((f"grouped_{which}_sm{capability}_bf16", *how)), got)
 
 
 def show(name: str, got: ahead.Compiled) -> None:

@@ -145,3 +145,29 @@ def compile_decode(mla, capability: int, rows: int, kind="bf16", L=512, R=64, pa
     aligned += ["q_b", "e_b", "e_s", "chunk"]
     launch = {"num_warps": warps, "num_stages": stages}
     return compile_for(capability, mla.mla_decode_kernel, types, constants, aligned, **launch)
+
+
+def compile_grouped(
+    moe, capability: int, which: str, config, kind="bf16", turned=False, gather=False
+):
+    """A kernel of 03's as `grouped_launches` would have it."""
+    tile, warps, stages, tma = config
+    numbers = dict.fromkeys(("N", "K", "E") if which == "rows" else ("N", "K"), "i32")
+    constants = {} if gather else {"source": None}
+    if which == "rows":
+        BM, BN, BK = tile
+        types = {"x": f"*{kind}", "weight": f"*{kind}", "out": f"*{kind}"}
+        if tma:
+            box = (BK, BN) if turned else (BN, BK)
+            types["weight"] = f"tensordesc<{kind}[{box[0]},{box[1]}]>"
+            types |= {} if gather else {"x": f"tensordesc<{kind}[{BM},{BK}]>"}
+        constants |= {"EXPERTS": 64, "TURNED": turned, "TMA": tma}
+        constants |= {"BM": BM, "BN": BN, "BK": BK, "GROUP": 8}
+    else:
+        types = {"grad": f"*{kind}", "x": f"*{kind}", "out": "*fp32"}
+        constants |= dict(zip(("BN", "BK", "BR"), tile, strict=True))
+    types |= {"ends": "*i32", "source": "*i64"} | numbers
+    aligned = [name for name, kind in types.items() if kind[0] == "*"] + ["N", "K"]
+    kernel = getattr(moe, f"grouped_{which}_kernel")
+    launch = {"num_warps": warps, "num_stages": stages}
+    return compile_for(capability, kernel, types, constants, aligned, **launch)

@@ -1,10 +1,12 @@
 """03_moe_router.py against loops, transformers, and properties that need no reference."""
 
 import copy
+import importlib.util
 from importlib import import_module
 
 import pytest
 import torch
+from ahead import SHARED_LIMIT, compile_grouped, interpret
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -651,3 +653,162 @@ def test_a_few_tokens_ask_their_own_experts_alone(tokens, dtype, tol, monkeypatc
         layer(torch.randn(1, 4, 32, dtype=dtype))  # 16 pairs: as many as experts
     assert len(asked) == 1
     assert (got - want).abs().max() <= tol * want.abs().max()
+
+
+# The kernels ---------------------------------------------------------------------------------
+
+TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
+INTERPRETED = """
+import random
+from importlib import import_module
+import torch
+moe = import_module("03_moe_router")
+torch.manual_seed(0)
+random.seed(0)
+
+
+def operands(sizes, A, B, dtype, tokens=0):
+    sizes, M = torch.tensor(sizes), sum(sizes)
+    x, weight = torch.randn(tokens or M, A).to(dtype), torch.randn(len(sizes), B, A).to(dtype)
+    source = torch.randint(tokens, (M,)) if tokens else None
+    ends = sizes.cumsum(0).to(torch.int32)
+    return sizes, x, weight, source, ends
+
+
+def compare(sizes, A, B, dtype=torch.float32, tokens=0, every=False):
+    "Forward, dgrad, wgrad, by each configuration that may run, against products in float64."
+    sizes, x, weight, source, ends = operands(sizes, A, B, dtype, tokens)
+    grad = torch.randn(int(sizes.sum()), B).to(dtype)
+    rows = (x if source is None else x[source]).double().requires_grad_()
+    wide = weight.double().requires_grad_()
+    parts = zip(rows.split(sizes.tolist()), wide, strict=True)
+    want = torch.cat([part @ w.T for part, w in parts])
+    d_rows, d_weight = torch.autograd.grad(want, (rows, wide), grad.double())
+    for which, turned, given, truth in (
+        ("rows", False, (x, weight, source), want),
+        ("rows", True, (grad, weight, None), d_rows),
+        ("weights", False, (grad, x, source), d_weight),
+    ):
+        launches = moe.grouped_launches(which, given, torch.float32, ends, turned)
+        assert launches
+        for launch in launches if every else launches[-1:]:
+            got = launch()
+            tol = 1e-5 if dtype == torch.float32 else 1e-4
+            error = (got.double() - truth).abs().max() if got.numel() else 0.0
+            assert got.shape == truth.shape and error <= tol, (which, turned, error, sizes, A, B)
+"""
+CASES = {
+    "shapes": """
+compare([5, 0, 7], 16, 24)
+compare([0, 0, 33, 1, 0], 40, 17, tokens=9)
+compare([1], 1, 1)
+compare([0, 0], 8, 8)
+compare([70, 3], 33, 65, tokens=50)
+for _ in range(6):
+    sizes = [random.choice([0, 0, 1, random.randint(1, 40)]) for _ in range(random.randint(1, 7))]
+    tokens = random.randint(1, 30) if random.random() < 0.5 else 0
+    compare(sizes, random.randint(1, 50), random.randint(1, 50), tokens=tokens)
+""",
+    "every_config": """
+# the tiles that GPUs run, forced onto the interpreter: fp16, for its products of bf16 are wrong
+real = moe.grouped_configs
+for capability in (8, 0), (8, 6), (9, 0), (10, 0), (12, 0):
+    moe.grouped_configs = lambda which, size, _: real(which, size, capability)
+    compare([100, 0, 30, 130], 128, 136, torch.float16, every=True)
+    compare([3, 90, 0], 128, 136, torch.float16, tokens=40, every=True)
+""",
+    "layer": """
+# the autograd function, and a whole layer, as a GPU runs them: the same gradients as on a CPU
+moe.has_kernels = lambda x: True
+torch.manual_seed(3)
+layer, x = moe.MoE(32, 16, 8, 3), torch.randn(2, 9, 32)
+upstream = torch.randn(2, 9, 32)
+runs = []
+for product in None, moe.grouped_gemm, moe.grouped_gemm:
+    layer.experts.grouped_gemm = product  # the CPU's blocks; then kernels, twice
+    x_in = x.clone().requires_grad_()
+    out = layer(x_in)
+    runs.append([out, *torch.autograd.grad(out, (x_in, *layer.parameters()), upstream)])
+for mine, other, again in zip(runs[1], runs[0], runs[2], strict=True):
+    assert (mine - other).abs().max() <= 2e-5
+    assert torch.equal(mine, again)  # in one order: the same bits
+""",
+}
+
+
+@TRITON
+@pytest.mark.parametrize("case", CASES)
+def test_grouped_kernels_in_the_interpreter(case):
+    interpret(INTERPRETED + CASES[case])
+
+
+TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
+KINDS = [("rows", False, False), ("rows", True, False), ("rows", False, True)]
+KINDS += [("weights", False, False), ("weights", False, True)]
+
+
+@TRITON
+@pytest.mark.parametrize("which, turned, gather", KINDS)
+@pytest.mark.parametrize("capability", TENSOR_CORE)
+def test_grouped_compiles_without_a_spill(capability, which, turned, gather):
+    for config in moe.grouped_configs(which, 2, divmod(capability, 10)):
+        got = compile_grouped(moe, capability, which, config, turned=turned, gather=gather)
+        assert got.spilled == 0 and got.shared <= 1024 * SHARED_LIMIT[capability]
+        assert TENSOR_CORE[capability] in got.ptx
+        if config[-1]:  # weights, and x that is not gathered, by TMA
+            assert "UTMALDG" in got.sass
+        each = 2 if which == "rows" and config[0][0] * config[0][1] <= 128 * 64 else 1
+        assert each * got.shared <= 1024 * SHARED_LIMIT[capability]
+        assert each * got.registers * 32 * config[1] <= 2**16
+
+
+@TRITON
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fp32", "fp16"])
+@pytest.mark.parametrize("capability", TENSOR_CORE)
+def test_grouped_compiles_in_other_widths(capability, kind):
+    for which, turned, gather in KINDS:
+        config = moe.grouped_configs(which, 4 if kind == "fp32" else 2, divmod(capability, 10))[0]
+        got = compile_grouped(moe, capability, which, config, kind, turned, gather)
+        assert got.spilled == 0 and got.shared <= 1024 * SHARED_LIMIT[capability]
+
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+TOL = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
+DTYPES = pytest.mark.parametrize("dtype", TOL, ids=str)
+
+
+@pytest.mark.gpu
+@GPU
+@DTYPES
+@pytest.mark.parametrize("D, I", [(2048, 1408), (300, 130)])
+def test_grouped_gemm_on_a_gpu(D, I, dtype):
+    sizes = torch.tensor([0, 700, 1, 0, 129, 64], device="cuda")
+    place = {"device": "cuda", "dtype": dtype, "requires_grad": True}
+    x, weight = torch.randn(894, D, **place), torch.randn(6, I, D, **place)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    got, want = moe.grouped_gemm(x, weight, sizes), one_by_one(*wide, sizes)
+    upstream = torch.randn_like(got)
+    ours = got, *torch.autograd.grad(got, (x, weight), upstream)
+    theirs = want, *torch.autograd.grad(want, wide, upstream.double())
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.double() - b).abs().max() <= TOL[dtype] * b.abs().max()
+
+
+@pytest.mark.gpu
+@GPU
+@DTYPES
+def test_a_layer_on_a_gpu(dtype):
+    """Gathered rows and all, beside the same layer in float64, which no kernel serves."""
+    mixture = layer(D=256, I=128, dtype=torch.float64).cuda()
+    narrow = copy.deepcopy(mixture).to(dtype)
+    for mine, wide in zip(narrow.parameters(), mixture.parameters(), strict=True):
+        wide.data.copy_(mine)
+    x = torch.randn(4, 100, 256, device="cuda", dtype=dtype, requires_grad=True)
+    x_wide = x.detach().double().requires_grad_()
+    got, want = narrow(x), mixture(x_wide)
+    upstream = torch.randn_like(got)
+    ours = got, *gradients((got * upstream).sum(), narrow, x).values()
+    theirs = want, *gradients((want * upstream.double()).sum(), mixture, x_wide).values()
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.double() - b).abs().max() <= 2 * TOL[dtype] * b.abs().max()
