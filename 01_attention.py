@@ -33,7 +33,7 @@ between heads shrinks it 16 or 128 times; what V3 does instead is chapter 02.
 
 V3 has no G: its config says num_key_value_heads = 128, and MLA (chapter 02) ignores it.
 
-Run:  python 01_attention.py [--bench]          3 s on two CPU cores, 6 s with --bench
+Run:  python 01_attention.py [--bench]          3 s on two CPU cores, 20 s with --bench
 """
 
 import argparse
@@ -47,6 +47,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 try:
     import triton
@@ -808,6 +810,65 @@ def bench_training(device: torch.device) -> None:
         measure(f"train_{name}_ms", value, f"ms   {ratio}   B=8 H=4 T=256 D=48 V=32 bf16")
 
 
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that anything under it makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        sizes = [t.untyped_storage().nbytes() for t in tree_leaves(made) if isinstance(t, Tensor)]
+        self.bytes = max(self.bytes, *sizes, 0)
+        return made
+
+
+def bench_contexts(device: torch.device, out: Path) -> None:
+    """Forward and backward against context, with and without the T × T matrix; then the figure."""
+    gpu = device.type == "cuda"
+    tiles = flash_attention if gpu else tiled_attention
+    contexts = [(1024 if gpu else 256) * 2**i for i in range(5)]
+    ms, largest = ({f.__name__: [] for f in (attention, tiles)} for _ in range(2))
+    for T in contexts:
+        make = partial(torch.randn, 1, 8, T, 64, device=device, dtype=torch.bfloat16)
+        inputs = [make().requires_grad_() for _ in "qkv"]
+        step = lambda f, i=inputs: torch.autograd.grad(f(*i).sum(), i)
+        times = race({f.__name__: partial(step, f) for f in (attention, tiles)}, device, 3)
+        for function in (attention, tiles):
+            with Largest() as seen:
+                step(function)
+            largest[function.__name__].append(seen.bytes / 1e6)
+            ms[function.__name__].append(times[function.__name__])
+    for name in ms:
+        text = f"ms   forward and backward, its largest tensor {largest[name][-1]:,.0f} MB"
+        measure(f"context_{contexts[-1]}_{name}_ms", ms[name][-1], text)
+    draw_contexts(contexts, {"forward and backward (ms)": ms, "largest tensor (MB)": largest}, out)
+    print(f"figure   {out}")
+
+
+def draw_contexts(contexts: list[int], panels: dict[str, dict], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, both = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axes, (what, curves) in zip(both, panels.items(), strict=True):
+        for name, values in curves.items():
+            axes.plot(contexts, values, "o-", label=name)
+            axes.annotate(f"  {values[-1]:,.0f}", (contexts[-1], values[-1]), va="center")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(contexts, [f"{T:,}" for T in contexts])
+        axes.set_xlim(right=contexts[-1] * 1.5)
+        axes.set(xlabel="context (tokens)", ylabel=what)
+    both[0].legend(title="8 heads of 64, causal, bf16")
+    values = list(panels["largest tensor (MB)"].values())
+    ratio = values[0][-1] / values[1][-1]
+    figure.suptitle(f"At {contexts[-1]:,} tokens the largest tensor is 1/{ratio:,.0f} as large")
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+
+
 def sdpa_by(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     """SDPA's own kernel, values padded where they must be as wide as keys; None: not here."""
     try:
@@ -910,6 +971,7 @@ def main() -> None:
     if args.bench:
         bench(device)
         bench_training(device)
+        bench_contexts(device, args.out / "01_attention_contexts.png")
         if device.type == "cuda" and triton is not None:
             bench_kernels(device)
 
