@@ -222,7 +222,7 @@ def accept_or_redraw(
 def speculative_generate(
     model, module: MTPModule | None, prompts: list[list[int]], max_new_tokens: int,
     temperature: float = 0.0, top_p: float = 1.0, eos_token_id: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, listen=None,
 ) -> tuple[list[list[int]], list[list[bool]]]:  # fmt: skip
     """What the main model alone would write, two tokens a pass where the module guessed right.
 
@@ -230,6 +230,7 @@ def speculative_generate(
     (temperature 0) is the main model's own; sampled text has its distribution (arXiv:2211.17192).
     A pass over two tokens may round otherwise than one over one: in bf16 that decides near ties.
     prompts may differ in length; a row ends with eos_token_id (kept) or max_new_tokens.
+    listen(row, token) is called with each as it is chosen.
 
     model: embed(tokens) -> (B, T, C), hidden(tokens, caches) -> (B, T, C) behind the last norm,
     head(hidden) -> logits, new_caches(batch, max_tokens, layers=None) -> a list, one a layer;
@@ -259,6 +260,8 @@ def speculative_generate(
         for token in tokens:
             if going[row]:
                 new[row].append(token)
+                if listen:
+                    listen(row, token)
                 going[row] = token != eos_token_id and len(new[row]) < max_new_tokens
 
     states = model.hidden(padded, caches)  # (B, T, C)

@@ -377,13 +377,14 @@ class DeepSeek(nn.Module):
         self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
         top_p: float = 1.0, eos_token_id: int | None = None,
         generator: torch.Generator | None = None, speculative: bool = False,
+        listen: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:  # fmt: skip
         """The tokens behind each prompt, through the latent cache; prompts may differ in length.
 
         temperature 0 takes the likeliest token; top_p < 1 samples from the smallest set of tokens
         that holds so much probability. A row ends with eos_token_id (kept) or max_new_tokens.
         speculative: the MTP module drafts. Fewer passes, the same text where it is greedy, the same
-        distribution where it is drawn (05).
+        distribution where it is drawn (05). listen(row, token) hears each as it is chosen.
         """
         lengths = [len(prompt) for prompt in prompts]
         room, limit = max(lengths, default=0) + max_new_tokens, self.config.max_position_embeddings
@@ -396,7 +397,7 @@ class DeepSeek(nn.Module):
         mtp.validate_drawing(temperature, top_p)
         if speculative:
             module = self.mtp[0] if self.mtp else None
-            settings = max_new_tokens, temperature, top_p, eos_token_id, generator
+            settings = max_new_tokens, temperature, top_p, eos_token_id, generator, listen
             return mtp.speculative_generate(self, module, prompts, *settings)[0]
         device = self.lm_head.weight.device
         padded = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)  # on the right
@@ -413,6 +414,8 @@ class DeepSeek(nn.Module):
             for row, token in enumerate(chosen.tolist()):
                 if going[row]:
                     new[row].append(token)
+                    if listen:
+                        listen(row, token)
                     going[row] = token != eos_token_id and len(new[row]) < max_new_tokens
             if any(going):  # rows that have ended run along, unheard
                 states = self.hidden(chosen[:, None], caches)[:, 0]
@@ -445,21 +448,8 @@ class DeepSeek(nn.Module):
         """
         folder = Path(folder)
         config = read_config(folder)
-        whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-        if whole.exists():  # before an index, which may tell of shards it has replaced
-            files = [whole]
-        elif index.exists():
-            try:
-                names = json.loads(index.read_text())["weight_map"].values()
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{index} can't be read: {error!r}") from None
-            files = sorted(folder / name for name in set(names))
-        else:
-            files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{folder} has no *.safetensors")
         got, behind, shared = {}, {}, {}
-        for file in files:
+        for file in weight_files(folder):
             try:
                 with safe_open(file, "pt", device=str(device)) as tensors:
                     for name in tensors.keys():  # noqa: SIM118 - not a dict
@@ -484,15 +474,8 @@ class DeepSeek(nn.Module):
                 raise ValueError(f"{folder}: {name} is not {ours}.weight, which MTP shares here")
         with torch.device("meta"):
             model = cls(config)
-        want = released_tensors(model)
-        shapes = [n for n in want.keys() & got.keys() if want[n].shape != got[n].shape]
-        shapes = [f"{n} {tuple(got[n].shape)}, want {tuple(want[n].shape)}" for n in shapes]
-        wrong = {"missing": want.keys() - got.keys(), "unexpected": got.keys() - want.keys()}
-        wrong["of another shape"] = set(shapes)
-        for what, names in wrong.items():
-            if names:
-                some = ", ".join(sorted(names)[:5])
-                raise ValueError(f"{folder}: {len(names)} tensors {what}: {some}")
+        shapes = ({n: tuple(t.shape) for n, t in d.items()} for d in (got, released_tensors(model)))
+        compare_shapes(folder, *shapes)
         if dtype is None:
             dtype = got["lm_head.weight"].dtype
         model.to(dtype).to_empty(device=device)
@@ -508,6 +491,9 @@ class DeepSeek(nn.Module):
 SHARED = ("embed_tokens.weight", "shared_head.head.weight")  # which it shares with the model
 
 
+STACKED = regex.compile(r"(.*\.experts)\.(gate_up|down)_proj(?:\.(weight|weight_scale_inv))?")
+
+
 def released_tensors(model: DeepSeek) -> dict[str, Tensor]:
     """The weights under their released names, without SHARED; views, not copies."""
     found = {}
@@ -516,16 +502,43 @@ def released_tensors(model: DeepSeek) -> dict[str, Tensor]:
             _, depth, rest = name.split(".", 2)
             layer = model.config.num_hidden_layers + int(depth)
             name = f"model.layers.{layer}.{rest.removeprefix('block.')}"
-        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        if not (stack := STACKED.fullmatch(name)):
             found[name] = tensor
             continue
-        prefix, _, which = name.rpartition(".")
+        prefix, which, kind = stack.groups("weight")
+        names = ("gate", "up") if which == "gate_up" else ("down",)
         for expert, stacked in enumerate(tensor.unbind()):
-            parts = stacked.chunk(2) if which == "gate_up_proj" else (stacked,)  # gate first
-            names = ("gate_proj", "up_proj") if which == "gate_up_proj" else ("down_proj",)
-            for part, short in zip(parts, names, strict=True):
-                found[f"{prefix}.{expert}.{short}.weight"] = part
+            for part, short in zip(stacked.chunk(len(names)), names, strict=True):  # gate first
+                found[f"{prefix}.{expert}.{short}_proj.{kind}"] = part
     return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that an index names, or all *.safetensors."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists():  # before an index, which may tell of shards it has replaced
+        return [whole]
+    files = sorted(folder.glob("*.safetensors"))
+    if index.exists():
+        try:
+            names = json.loads(index.read_text())["weight_map"].values()
+            files = sorted(folder / name for name in set(names))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} can't be read: {error!r}") from None
+    if not files:
+        raise ValueError(f"{folder} has no *.safetensors")
+    return files
+
+
+def compare_shapes(folder: Path, got: dict[str, tuple], want: dict[str, tuple]) -> None:
+    """ValueError lists the tensors that are missing, unexpected or of another shape."""
+    shapes = [n for n in want.keys() & got.keys() if want[n] != got[n]]
+    wrong = {"missing": want.keys() - got.keys(), "unexpected": got.keys() - want.keys()}
+    wrong["of another shape"] = {f"{n} {got[n]}, want {want[n]}" for n in shapes}
+    for what, names in wrong.items():
+        if names:
+            some = ", ".join(sorted(names)[:5])
+            raise ValueError(f"{folder}: {len(names)} tensors {what}: {some}")
 
 
 def save_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -1,0 +1,975 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch>=2.11,<=2.13", "numpy>=1.26", "tiktoken>=0.8", "regex>=2024.5", "matplotlib>=3.8",
+#   "safetensors>=0.4.5", "tqdm>=4.66", "jinja2>=3.1",
+# ]
+# ///
+r"""08 · Checkpoints: the released models in, ours out, and a chat with either.
+
+DeepSeek-V3's checkpoint is 163 files, 91,991 tensors, 684,531,386,000 numbers, 641 GiB. This
+chapter reads it, tensor by tensor, into the model of chapter 06, and writes what 06 and 07 have
+trained in the same layout, so that it opens in the tools people use. No test of our model could be
+stricter: the weights of one must fit into the other, to the last name.
+
+    model-00001-of-00163.safetensors ─┐  headers first: names, shapes, types are all compared
+    model.safetensors.index.json ─────┼─► then one tensor at a time ─► into its place in the model
+    config.json ──────────────────────┘       FP8: w = code · weight_scale_inv, by blocks of 128×128
+
+    name in a file, under model.layers.L.        shape in V3    stored as                   [1], [2]
+    self_attn.q_b_proj.weight                    (24576, 1536)  E4M3
+    self_attn.q_b_proj.weight_scale_inv          (192, 12)      fp32, a factor despite its name
+    mlp.experts.E.gate_proj.weight               (2048, 7168)   E4M3; ours is stacked, gate first
+    mlp.gate.e_score_correction_bias             (256,)         fp32, in any model
+    eh_proj.weight, enorm.weight, …              L = 61         MTP: the layer behind the last
+    embed_tokens.weight, shared_head.head.weight L = 61         the main model's, once more
+
+What reads a folder of `save_released`: transformers (AutoModelForCausalLM, AutoTokenizer, pipeline;
+tested). vLLM and SGLang go by the same config.json and names: architectures DeepseekV3ForCausalLM,
+num_nextn_predict_layers with its layer behind the last, quantization_config for FP8. Their fast MLA
+kernels are built for a latent of 512 + 64 channels; other sizes are left to their Triton backends.
+Neither was run here.
+
+    [1] DeepSeek-V3, arXiv:2412.19437, and its repository's README_WEIGHTS.md
+    [2] tensor listings of the released checkpoints    [3] DeepSeek-R1, arXiv:2501.12948
+
+Run:  python 08_checkpoints.py [FOLDER [--save NEW]]     a chat with what is in FOLDER; alone: 20 s
+"""
+
+import argparse
+import base64
+import codecs
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import regex
+import tiktoken
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+moe = import_module("03_moe_router")  # Experts
+fp8 = import_module("04_fp8_gemm")  # quantize_blocks, quantize_tiles, dequantize, fp8_gemm
+base = import_module("06_train")  # DeepSeek, DeepSeekConfig, released_tensors, save_whole
+
+# %% 1. The layout, name by name -------------------------------------------------------------
+QUANTIZED = regex.compile(r".*\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight")
+BLOCKS = {
+    "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128],
+    "activation_scheme": "dynamic",
+}  # fmt: skip
+CODES, BF16, FP32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32
+
+
+def released_layout(c: "base.DeepSeekConfig") -> dict[str, tuple[tuple, torch.dtype]]:
+    """Every tensor of V3's checkpoint, from its listing [2]: name -> shape, dtype. The oracle."""
+    D, H, L, R = c.hidden_size, c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim
+    N, V, Q, E = c.qk_nope_head_dim, c.v_head_dim, c.q_lora_rank, c.n_routed_experts
+    found = {}
+
+    def plain(name: str, *shape: int, dtype=BF16) -> None:
+        found[name] = shape, dtype
+
+    def in_blocks(name: str, rows: int, columns: int) -> None:
+        plain(name, rows, columns, dtype=CODES)
+        plain(f"{name}_scale_inv", math.ceil(rows / 128), math.ceil(columns / 128), dtype=FP32)
+
+    def swiglu(name: str, width: int) -> None:
+        in_blocks(f"{name}.gate_proj.weight", width, D)
+        in_blocks(f"{name}.up_proj.weight", width, D)
+        in_blocks(f"{name}.down_proj.weight", D, width)
+
+    plain("model.embed_tokens.weight", c.vocab_size, D)
+    plain("model.norm.weight", D)
+    plain("lm_head.weight", c.vocab_size, D)
+    for layer in range(c.num_hidden_layers + c.num_nextn_predict_layers):
+        name = f"model.layers.{layer}"
+        plain(f"{name}.input_layernorm.weight", D)
+        plain(f"{name}.post_attention_layernorm.weight", D)
+        in_blocks(f"{name}.self_attn.q_a_proj.weight", Q, D)
+        plain(f"{name}.self_attn.q_a_layernorm.weight", Q)
+        in_blocks(f"{name}.self_attn.q_b_proj.weight", H * (N + R), Q)
+        in_blocks(f"{name}.self_attn.kv_a_proj_with_mqa.weight", L + R, D)
+        plain(f"{name}.self_attn.kv_a_layernorm.weight", L)
+        in_blocks(f"{name}.self_attn.kv_b_proj.weight", H * (N + V), L)
+        in_blocks(f"{name}.self_attn.o_proj.weight", D, H * V)
+        if layer < c.first_k_dense_replace:
+            swiglu(f"{name}.mlp", c.intermediate_size)
+            continue
+        plain(f"{name}.mlp.gate.weight", E, D)
+        plain(f"{name}.mlp.gate.e_score_correction_bias", E, dtype=FP32)
+        for expert in range(E):
+            swiglu(f"{name}.mlp.experts.{expert}", c.moe_intermediate_size)
+        swiglu(f"{name}.mlp.shared_experts", c.n_shared_experts * c.moe_intermediate_size)
+        if layer >= c.num_hidden_layers:
+            plain(f"{name}.embed_tokens.weight", c.vocab_size, D)
+            plain(f"{name}.enorm.weight", D)
+            plain(f"{name}.hnorm.weight", D)
+            plain(f"{name}.eh_proj.weight", D, 2 * D)
+            plain(f"{name}.shared_head.norm.weight", D)
+            plain(f"{name}.shared_head.head.weight", c.vocab_size, D)
+    return found
+
+
+# %% 2. In: a tensor at a time ---------------------------------------------------------------
+
+
+class Stored(nn.Module):
+    """E4M3 codes (..., N, K) and the scale of each 128×128 block, as a released file has them."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        *batch, N, K = shape
+        scales = *batch, math.ceil(N / 128), math.ceil(K / 128)
+        self.register_buffer("weight", torch.empty(shape, dtype=CODES))
+        self.register_buffer("weight_scale_inv", torch.empty(scales, dtype=FP32))
+
+    def _apply(self, fn, recurse=True):
+        """To another device, never to another dtype: codes without their scales are no weights."""
+        for name, tensor in self._buffers.items():
+            moved = fn(tensor)
+            same = moved.dtype == tensor.dtype
+            self._buffers[name] = moved if same else tensor.to(moved.device)
+        return self
+
+    def __getitem__(self, expert: int) -> Tensor:
+        return fp8.dequantize(self.weight[expert], self.weight_scale_inv[expert])
+
+
+class StoredLinear(Stored):
+    """x (..., K) by tiles in FP8 times the codes: (..., N) in x's dtype or autocast's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = base.narrow(x)
+        x_codes = fp8.quantize_tiles(x.flatten(0, -2))
+        y = fp8.fp8_gemm(*x_codes, self.weight, self.weight_scale_inv, x.dtype)
+        return y.view(*x.shape[:-1], -1)
+
+
+class StoredExperts(moe.Experts):
+    """Experts on their codes: one grouped product on a GPU, on a CPU one expert after another."""
+
+    def __init__(self, experts: int, hidden_size: int, width: int):
+        nn.Module.__init__(self)
+        self.gate_up_proj = Stored(experts, 2 * width, hidden_size)
+        self.down_proj = Stored(experts, hidden_size, width)
+        self.grouped_gemm = stored_product
+
+
+def stored_product(x: Tensor, stack: Stored, sizes: Tensor) -> Tensor:
+    """03's grouped_gemm with weights that are FP8 already."""
+    codes, scales = fp8.quantize_tiles(x)
+    w, w_scales = stack.weight, stack.weight_scale_inv
+    if fp8.has_kernels(x):
+        ends = sizes.cumsum(0).to(torch.int32)
+        return fp8.tuned_gemm(codes, scales, w, w_scales, x.dtype, ends)
+    y = x.new_empty(len(x), w.shape[1])
+    parts = (t.split(sizes.tolist()) for t in (codes, scales, y))
+    for expert, (rows, row_scales, out) in enumerate(zip(*parts, strict=True)):
+        if len(rows):
+            out.copy_(fp8.fp8_gemm(rows, row_scales, w[expert], w_scales[expert], x.dtype))
+    return y
+
+
+class Shards:
+    """The tensors of a folder's *.safetensors by name: their shapes and types, read from headers.
+
+    ValueError for a file that is missing or damaged, a name that two files hold, and an index that
+    puts one where it is not. Nothing but safetensors is ever opened: no pickle.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.file, self.shape, self.kind = folder, {}, {}, {}
+        for path in base.weight_files(folder):
+            if path.parent != folder:
+                raise ValueError(f"{folder}: its index points outside, to {path.name}")
+            with self.opened(path) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dict
+                    if name in self.file:
+                        raise ValueError(f"{name} is in {self.file[name].name} and in {path.name}")
+                    part = tensors.get_slice(name)
+                    self.file[name], self.kind[name] = path, part.get_dtype()
+                    self.shape[name] = tuple(part.get_shape())
+        index = folder / "model.safetensors.index.json"
+        if index.exists() and not (folder / "model.safetensors").exists():
+            for name, file in json.loads(index.read_text())["weight_map"].items():
+                if name not in self.file or self.file[name].name != file:
+                    raise ValueError(f"{index}: {name} is not in {file}")
+
+    def opened(self, path: Path):
+        try:
+            return safe_open(path, "pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} can't be read: {error}") from None
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Each name and its tensor. A file is mapped anew once as much was read as the largest
+        tensor has bytes: what is mapped counts as memory in use."""
+        width = lambda name: 4 if self.kind[name] == "F32" else 2
+        size = {name: math.prod(self.shape[name]) * width(name) for name in names}
+        ordered = sorted(size, key=lambda name: (self.file[name], name))
+        most, path, budget, tensors = max(size.values(), default=0), None, 0, None
+        for name in ordered:
+            if self.file[name] != path or size[name] > budget:
+                path, budget = self.file[name], most
+                tensors = None  # unmaps
+                tensors = self.opened(path).__enter__()
+            budget -= size[name]
+            yield name, tensors.get_tensor(name)
+
+
+def read_config(folder: Path) -> "base.DeepSeekConfig":
+    """Of a released folder; a quantization_config must be DeepSeek's 128×128 blocks of E4M3."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+        scheme = raw.pop("quantization_config", None) or {}
+        for key, want in BLOCKS.items():
+            if scheme and scheme.get(key, want) != want:
+                raise ValueError(f"quantization_config: {key} {scheme[key]!r} is not {want!r}")
+        return base.DeepSeekConfig.from_dict(raw)
+    except (OSError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def dequantize_into(out: Tensor, codes: Tensor, scales: Tensor, rows: int = 1024) -> None:
+    """Some rows at a time, so that no fp32 copy of the whole stands beside it."""
+    for first in range(0, len(codes), rows):
+        part = scales[first // 128 : (first + rows) // 128]
+        out[first : first + rows] = fp8.dequantize(codes[first : first + rows], part)
+
+
+def place_stored(model: "base.DeepSeek", coded: set[str]) -> None:
+    """Put Stored modules where the file has codes; `kv_b_proj` is split by head, so it has none."""
+    for path, module in list(model.named_modules()):
+        parent, _, name = path.rpartition(".")
+        released = regex.sub(r"^mtp\.(\d+)\.(block\.)?", lambda m: (
+            f"model.layers.{model.config.num_hidden_layers + int(m[1])}."), path)  # fmt: skip
+        if isinstance(module, nn.Linear) and f"{released}.weight" in coded and name != "kv_b_proj":
+            fresh = StoredLinear(*module.weight.shape)
+        elif type(module) is moe.Experts and f"{released}.0.down_proj.weight" in coded:
+            (E, width, D) = module.gate_up_proj.shape
+            if width % 256:
+                want = "moe_intermediate_size must be a multiple of 128"
+                raise ValueError(
+                    f"keep_fp8: {want}, or gate and up share a block; got {width // 2}"
+                )
+            fresh = StoredExperts(E, D, width // 2)
+        else:
+            continue
+        setattr(model.get_submodule(parent), name, fresh)
+
+
+def load_released(
+    folder: str | Path, device="cpu", dtype: torch.dtype | None = None, keep_fp8: bool = False,
+    with_mtp: bool = True, progress: bool = False,
+) -> "base.DeepSeek":  # fmt: skip
+    """V3, R1, V3.1, V2, V2-Lite, Moonlight, or what `save_released` wrote, as chapter 06's model.
+
+    One file, or shards; a weight and its scale may be in different ones. Names, shapes and types
+    are compared before a weight is read, and then there is one tensor in memory beside the model.
+    dtype: of the weights; None: the file's, bf16 for FP8. keep_fp8: linear layers and experts keep
+    their codes and multiply in FP8, a byte a weight. with_mtp: see `DeepSeek.from_pretrained`.
+    ValueError: what does not fit, by name; a scale of another shape; a NaN or an infinity.
+    """
+    folder = Path(folder)
+    config, shards = read_config(folder), Shards(folder)
+    names, layers = set(shards.file), config.num_hidden_layers
+    numbered = ((n, regex.match(r"model\.layers\.(\d+)\.", n)) for n in names)
+    behind = {n for n, layer in numbered if layer and int(layer[1]) >= layers}
+    if with_mtp and bool(behind) != bool(config.num_nextn_predict_layers):
+        says = f"config.json says num_nextn_predict_layers {config.num_nextn_predict_layers}"
+        what = "has weights of an MTP module" if behind else "has no MTP weights"
+        print(f"notice: {folder.name} {what}, {says}: main model only", file=sys.stderr)
+    if not (with_mtp and behind and config.num_nextn_predict_layers):
+        config, names, behind = replace(config, num_nextn_predict_layers=0), names - behind, set()
+    shared = {n for n in behind if n.endswith(base.SHARED)}
+    scales = {n for n in names if n.endswith("_scale_inv")}
+    coded = {n for n in names if shards.kind[n] == "F8_E4M3"}
+    check_types(folder, shards, names, coded, scales)
+
+    with torch.device("meta"):
+        model = base.DeepSeek(config)
+        if keep_fp8:
+            place_stored(model, coded)
+    want = base.released_tensors(model)
+    kept = {n for n in scales if n in want}
+    got = {n: shards.shape[n] for n in names - shared - (scales - kept)}
+    base.compare_shapes(folder, got, {n: tuple(t.shape) for n, t in want.items()})
+    if dtype is None:
+        dtype = BF16 if coded else next(iter(shards.read(["lm_head.weight"])))[1].dtype
+    model.to(dtype).to_empty(device=device)
+    target = base.released_tensors(model)
+    factor = dict(shards.read(scales - kept))
+    steps = tqdm(shards.read(got), total=len(got), disable=not progress, unit=" tensors")
+    with torch.no_grad():
+        for name, tensor in steps:
+            ours = target[name]
+            if name in coded and ours.dtype != CODES:
+                dequantize_into(ours, tensor, factor[f"{name}_scale_inv"].float())
+            else:
+                ours.copy_(tensor)
+            check_finite(folder, name, ours)
+    for name, tensor in shards.read(shared):
+        ours = "model.embed_tokens" if name.endswith(base.SHARED[0]) else "lm_head"
+        if not torch.equal(tensor.to(device, dtype), target[f"{ours}.weight"]):
+            raise ValueError(f"{folder}: {name} is not {ours}.weight, which MTP shares here")
+    return model
+
+
+def check_types(folder: Path, shards: Shards, names: set, coded: set, scales: set) -> None:
+    """A scale for all codes, of their shape, codes for every scale, and else floats."""
+    for name in sorted(names):
+        kind, shape = shards.kind[name], shards.shape[name]
+        if name in scales:
+            if name.removesuffix("_scale_inv") not in coded:
+                raise ValueError(f"{folder}: {name} is the scale of no FP8 weight")
+            if kind not in ("F32", "BF16", "F8_E8M0"):
+                raise ValueError(f"{folder}: {name} is {kind}; want F32, BF16 or F8_E8M0")
+        elif name in coded:
+            if f"{name}_scale_inv" not in scales:
+                raise ValueError(f"{folder}: {name} is FP8 and has no weight_scale_inv")
+            want = tuple(math.ceil(n / 128) for n in shape)
+            have = shards.shape[f"{name}_scale_inv"]
+            if have != want:
+                turned = ": it is transposed" if have == want[::-1] else ""
+                raise ValueError(f"{folder}: {name}_scale_inv is {have}, want {want}{turned}")
+        elif kind not in ("F32", "BF16", "F16"):
+            raise ValueError(f"{folder}: {name} is {kind}; want F32, BF16, F16 or F8_E4M3")
+
+
+def check_finite(folder: Path, name: str, tensor: Tensor) -> None:
+    if tensor.dtype == CODES:
+        bad = (tensor.view(torch.uint8) & 0x7F == 0x7F).any()
+    else:
+        bad = any(not part.isfinite().all() for part in tensor.split(1024))
+    if bad:
+        raise ValueError(f"{folder}: {name} holds a NaN or an infinity")
+
+
+# %% 3. Out ----------------------------------------------------------------------------------
+
+
+def plan_files(model: "base.DeepSeek", in_fp8: bool) -> list[tuple[str, Tensor, bool]]:
+    """(name, tensor, to be quantised) of all that a released folder holds, MTP's copies too."""
+    tensors = base.released_tensors(model)
+    for depth in range(len(model.mtp)):
+        prefix = f"model.layers.{model.config.num_hidden_layers + depth}."
+        shared = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
+        tensors |= {prefix + name: t for name, t in zip(base.SHARED, shared, strict=True)}
+    return [
+        (name, t.detach(), in_fp8 and t.dtype != CODES and bool(QUANTIZED.fullmatch(name)))
+        for name, t in tensors.items()
+    ]
+
+
+def save_released(
+    model: "base.DeepSeek", folder: str | Path, encoding: tiktoken.Encoding | None = None,
+    in_fp8: bool = False, shard_bytes: int = 5 * 10**9, chat_template: str | None = None,
+) -> None:  # fmt: skip
+    """Write config.json, model*.safetensors and the tokenizer as the released folders are.
+
+    in_fp8: projections of attention, FFN and experts as E4M3 codes with scales by 128×128 (V3's
+    own form); kv_b_proj and Stored weights too. Above shard_bytes (of weights) there are several
+    files and an index. folder must be new or empty, and appears when it is whole. ValueError else.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty: want a new folder, nothing is overwritten")
+    if shard_bytes < 1:
+        raise ValueError(f"want shard_bytes of 1 or more, got {shard_bytes}")
+    fresh = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    shards, room, total = [], 0, 0
+    for name, tensor, quantize in plan_files(model, in_fp8):
+        size = tensor.numel() * (1 if quantize else tensor.element_size())
+        if not shards or size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append((name, tensor, quantize))
+        room, total = room - size, total + size
+    places = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file = file if len(shards) > 1 else "model.safetensors"
+        tensors = {}
+        for name, tensor, quantize in shard:
+            if quantize:
+                codes, scales = fp8.quantize_blocks(tensor)
+                tensors |= {name: codes.cpu(), f"{name}_scale_inv": scales.cpu()}
+            else:
+                tensors[name] = tensor.cpu().contiguous()
+            places |= dict.fromkeys(tensors, file)
+        copies = {name: t.clone() for name, t in tensors.items() if name.endswith(base.SHARED)}
+        save_file(tensors | copies, fresh / file, {"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (fresh / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
+    config = {**model.config.to_dict(), "torch_dtype": dtype}
+    if any(name.endswith("_scale_inv") for name in places):
+        config["quantization_config"] = BLOCKS
+    (fresh / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    if encoding is not None:
+        ids = model.config.bos_token_id, model.config.eos_token_id
+        save_tokenizer(encoding, fresh, *ids, chat_template)
+    os.replace(fresh, folder)
+
+
+# %% 4. Tokenizers ---------------------------------------------------------------------------
+# Two forms are about. tiktoken's: the tokens, and a token's id is its rank: of two neighbours that
+# could merge, those of the lowest rank do. Hugging Face's tokenizer.json: a vocabulary and a list
+# of merges, in their order. They agree where each token has one merge and ids follow the merges.
+
+# A byte as a letter, which is how tokenizer.json writes it: printable ones as they are.
+LETTERS = [chr(b) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b else None for b in range(256)]
+for _byte, _spare in zip([b for b in range(256) if not LETTERS[b]], range(256, 512), strict=False):
+    LETTERS[_byte] = chr(_spare)
+BYTES = {letter: byte for byte, letter in enumerate(LETTERS)}
+
+HAN = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+KIMI = "|".join((  # Moonlight's and Kimi's chunks, which their files leave to code
+    r"[\p{Han}]+", *(rf"[^\r\n\p{{L}}\p{{N}}]?{HAN[0]}{a}{HAN[1]}{b}(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+                     for a, b in ("*+", "+*")),
+    r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
+))  # fmt: skip
+# V3 cuts a text three times: numbers out of it, then Chinese and Japanese, then the rest, which is
+V3_CUTS = (
+    r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)  # fmt: skip
+# therefore blind to them. In one cut the same: no class holds them, and a gap may end before them.
+_CJK = r"\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff"
+V3_CUT = "|".join((
+    r"\p{N}{1,3}", f"[{_CJK}]+", r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
+    rf"[^\r\n\p{{L}}\p{{P}}\p{{S}}\p{{N}}{_CJK}]?[\p{{L}}\p{{M}}&&[^{_CJK}]]+",
+    rf" ?[\p{{P}}\p{{S}}&&[^{_CJK}]]+[\r\n]*", r"\s*[\r\n]+",
+    rf"\s+(?![^\s\p{{N}}{_CJK}])", r"\s+",
+))  # fmt: skip
+
+
+def with_gaps(pattern: str) -> str:
+    """`pattern`, and what lies between its matches: tiktoken would drop that."""
+    return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+
+
+def parts_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The pieces that lower ranks make of a token, just before its own merge."""
+    parts, limit = [token[i : i + 1] for i in range(len(token))], ranks[token]
+    while len(parts) > 1:
+        pairs = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:], strict=False)]
+        if min(pairs) >= limit:
+            break
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def load_tokenizer(folder: str | Path) -> tiktoken.Encoding:
+    """From encoding.json (06, 07), tokenizer.json (V3's form) or tiktoken.model (Moonlight's).
+
+    All added tokens become special ones: `encode(text, allowed_special="all")` gives the ids of
+    Hugging Face's tokenizers, `encode_ordinary` never gives a special one. ValueError: no such
+    file, or a tokenizer.json whose ids tiktoken could not reproduce (not byte-level BPE, other
+    cuts than one pattern or V3's three, ids that do not follow the merges).
+    """
+    folder = Path(folder)
+    readers = {"encoding.json": base.load_encoding, "tokenizer.json": _read_merges}
+    readers["tiktoken.model"] = _read_ranks
+    for name, reader in readers.items():
+        if (folder / name).exists():
+            return reader(folder / name)
+    raise ValueError(f"{folder} has no tokenizer: want one of {', '.join(readers)}")
+
+
+def _read_ranks(path: Path) -> tiktoken.Encoding:
+    """Lines of a token in base64 and its rank; special ones by tokenizer_config.json, and Kimi's
+    256 reserved ids behind the last."""
+    try:
+        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        config = path.with_name("tokenizer_config.json")
+        raw = json.loads(config.read_text("utf-8")) if config.exists() else {}
+        added = raw.get("added_tokens_decoder", {}).items()
+        named = {int(number): token["content"] for number, token in added}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no tiktoken vocabulary: {error!r}") from None
+    reserved = range(len(ranks), len(ranks) + 256)
+    special = {named.get(i, f"<|reserved_token_{i}|>"): i for i in reserved}
+    special |= {content: number for number, content in named.items()}
+    name = path.parent.name
+    return tiktoken.Encoding(name, pat_str=KIMI, mergeable_ranks=ranks, special_tokens=special)
+
+
+def _cuts_of(raw: dict) -> str:
+    """The one pattern that cuts a text as the file's pre-tokenizers do."""
+    steps = raw["pre_tokenizer"]
+    steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
+    *splits, last = steps
+    patterns = [step.get("pattern", {}).get("Regex") for step in splits]
+    kinds = {(step["type"], step.get("behavior"), step.get("invert")) for step in splits}
+    plain = last["type"] == "ByteLevel" and not last["use_regex"] and not last["add_prefix_space"]
+    if plain and kinds == {("Split", "Isolated", False)} and None not in patterns:
+        if len(patterns) == 1:
+            return with_gaps(patterns[0])
+        escaped = (p.replace("\r", r"\r").replace("\n", r"\n") for p in patterns)
+        if tuple(escaped) == V3_CUTS:
+            return with_gaps(V3_CUT)
+    raise ValueError(
+        f"pre_tokenizer of {[step['type'] for step in steps]}: not V3's, not one Split"
+    )
+
+
+def _read_merges(path: Path) -> tiktoken.Encoding:
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+        model, normalizer = raw["model"], raw.get("normalizer")
+        if normalizer and normalizer.get("normalizers") != []:
+            raise ValueError(f"a normalizer {normalizer['type']!r} changes the text first")
+        if model["type"] != "BPE" or model.get("byte_fallback") or model.get("dropout"):
+            raise ValueError(f"a model {model['type']!r} that is not byte-level BPE")
+        special = {token["content"]: token["id"] for token in raw["added_tokens"]}
+        for token in raw["added_tokens"]:
+            if token["lstrip"] or token["rstrip"] or token["single_word"]:
+                raise ValueError(f"token {token['content']!r} takes its neighbours' spaces")
+        ids = {t: i for t, i in model["vocab"].items() if t not in special}
+        ranks = {bytes(BYTES[letter] for letter in token): i for token, i in ids.items()}
+        split = lambda merge: merge.split(" ") if isinstance(merge, str) else merge
+        pairs = [tuple(bytes(BYTES[c] for c in part) for part in split(m)) for m in model["merges"]]
+        order = [ranks[a + b] for a, b in pairs]
+        pattern = _cuts_of(raw)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} can't be read into tiktoken: {error}") from None
+    falls = [i for i in range(1, len(order)) if order[i] < order[i - 1]]
+    if falls:
+        raise ValueError(f"{path}: ids do not follow the merges, as {pairs[falls[0]]} shows")
+    merged = {a + b: (a, b) for a, b in reversed(pairs)}  # of several ways the first
+    for token in ranks:
+        if len(token) > 1 and merged.get(token) != tuple(parts_of(token, ranks)):
+            if not (model.get("ignore_merges") and token not in merged):
+                raise ValueError(f"{path}: token {token!r} is not merged as ranks would merge it")
+    name = path.parent.name
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def save_tokenizer(
+    encoding: tiktoken.Encoding, folder: str | Path, bos_token_id: int | None = None,
+    eos_token_id: int | None = None, chat_template: str | None = None,
+) -> None:  # fmt: skip
+    """tokenizer.json and tokenizer_config.json, with which AutoTokenizer gives the same ids.
+
+    A text begins with bos_token_id there unless add_special_tokens=False. ValueError: an id that
+    is no special token.
+    """
+    folder = Path(folder)
+    special = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
+    names = {number: name for name, number in special.items()}
+    for number in (bos_token_id, eos_token_id):
+        if number is not None and number not in names:
+            raise ValueError(f"token {number} is not a special one of {sorted(names)[:5]} …")
+    tokens = encoding.token_byte_values()
+    ranks = {token: encoding.encode_single_token(token) for token in tokens}
+    spell = lambda token: "".join(LETTERS[byte] for byte in token)
+    ordered = sorted(ranks, key=ranks.__getitem__)
+    splits = [parts_of(token, ranks) for token in ordered if len(token) > 1]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    byte_level["use_regex"] = False
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    split["pattern"] = {"Regex": encoding._pat_str}
+    bos, processor = names.get(bos_token_id), None
+    if bos is not None:
+        text = {"Sequence": {"id": "A", "type_id": 0}}
+        single = [{"SpecialToken": {"id": bos, "type_id": 0}}, text]
+        pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+        entry = {bos: {"id": bos, "ids": [bos_token_id], "tokens": [bos]}}
+        processor = {"type": "TemplateProcessing", "single": single, "pair": pair}
+        processor["special_tokens"] = entry
+    raw = {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "added_tokens": [
+            {"id": number, "content": names[number], **flags, "special": True}
+            for number in sorted(names)
+        ],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": processor, "decoder": byte_level,
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+            "ignore_merges": True,  # a chunk that is a token is that token, as in tiktoken
+            "vocab": {spell(token): ranks[token] for token in ordered},
+            "merges": [[spell(part) for part in parts] for parts in splits if len(parts) == 2],
+        },
+    }  # fmt: skip
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= {
+        "bos_token": bos,
+        "eos_token": names.get(eos_token_id),
+        "add_bos_token": bos is not None,
+    }
+    config |= {"chat_template": chat_template} if chat_template else {}
+    write = lambda path, value: base.save_whole(
+        path, lambda fresh: fresh.write_text(json.dumps(value, ensure_ascii=False), "utf-8")
+    )
+    write(folder / "tokenizer.json", raw)
+    write(folder / "tokenizer_config.json", config)
+
+
+# %% 5. A chat -------------------------------------------------------------------------------
+# R1's turns [3]: what it thought is taken out of a past answer, and a new one begins in thought.
+R1_TEMPLATE = """{{ bos_token }}
+{%- for message in messages if message.role == 'system' %}
+{{- message.content }}{{ '' if loop.last else '\n\n' }}
+{%- endfor %}
+{%- for message in messages %}
+{%- if message.role == 'user' %}{{ '<｜User｜>' + message.content }}
+{%- elif message.role == 'assistant' %}
+{{- '<｜Assistant｜>' + message.content.split('</think>')[-1] + eos_token }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"""
+
+
+def render(template: str, messages: list[dict], bos_token="", eos_token="") -> str:
+    """The text that a chat template (Jinja, in a sandbox) makes of [{"role", "content"}, …]."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    try:
+        compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        asked = {"messages": messages, "add_generation_prompt": True, **tokens}
+        return compiled.from_string(template).render(asked)
+    except TemplateError as error:
+        raise ValueError(f"the chat template can't be rendered: {error}") from None
+
+
+def read_template(folder: Path) -> str | None:
+    """chat_template.jinja, or the entry of tokenizer_config.json; None: a model without turns."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text("utf-8")
+    config = folder / "tokenizer_config.json"
+    found = json.loads(config.read_text("utf-8")) if config.exists() else {}
+    return found.get("chat_template")
+
+
+class Talk:
+    """One conversation with a model: what was said, and what fits into its context."""
+
+    def __init__(self, model, encoding: tiktoken.Encoding, template: str | None = None):
+        self.model, self.encoding, self.template = model, encoding, template
+        self.messages: list[dict] = []
+        names = {encoding.encode_single_token(n): n for n in encoding.special_tokens_set}
+        c = model.config
+        self.marks = [names.get(i, "") for i in (c.bos_token_id, c.eos_token_id)]
+
+    def prompt(self, room: int) -> list[int]:
+        """Tokens of the conversation, at most `room`: the oldest turns go first, a system message
+        stays. Without a template, the last message alone, behind what begins a text."""
+        if self.template is None:
+            tokens = self.encoding.encode_ordinary(self.messages[-1]["content"])
+            begin = self.encoding.encode(self.marks[0], allowed_special="all")
+            return begin + tokens[-(room - len(begin)) :]
+        kept = list(self.messages)
+        while True:
+            text = render(self.template, kept, *self.marks)
+            tokens = self.encoding.encode(text, allowed_special="all")
+            old = [i for i, message in enumerate(kept[:-1]) if message["role"] != "system"]
+            if len(tokens) <= room:
+                return tokens
+            if not old:
+                raise ValueError(
+                    f"this message takes {len(tokens)} tokens, there is room for {room}"
+                )
+            del kept[old[0] : old[0] + 2]  # a question and its answer
+
+    def answer(self, text: str, hear, max_new_tokens: int, speculative: bool, **drawing) -> dict:
+        """Say `text`; hear(piece) gets the answer as it comes -> tokens, seconds, accepted."""
+        limit = self.model.config.max_position_embeddings
+        if not 0 < max_new_tokens < limit:
+            raise ValueError(f"want max_new_tokens of 1 to {limit - 1}, got {max_new_tokens}")
+        self.messages.append({"role": "user", "content": text})
+        end, pieces, count = self.model.config.eos_token_id, [], 0
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+        def listen(_: int, token: int) -> None:
+            nonlocal count
+            count += 1
+            if token != end:
+                pieces.append(decoder.decode(self.encoding.decode_single_token_bytes(token)))
+                hear(pieces[-1])
+
+        try:
+            prompt = self.prompt(limit - max_new_tokens)
+            begin = time.perf_counter()
+            self.model.generate(
+                [prompt], max_new_tokens, eos_token_id=end, speculative=speculative, listen=listen,
+                **drawing,
+            )  # fmt: skip
+        except ValueError:
+            self.messages.pop()  # it was not said
+            raise
+        seconds = time.perf_counter() - begin
+        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        return {"tokens": count, "seconds": seconds, "prompt": len(prompt)}
+
+
+def chat(
+    model: "base.DeepSeek", encoding: tiktoken.Encoding, lines: Iterable[str],
+    template: str | None = None, system: str | None = None, max_new_tokens: int = 512,
+    speculative: bool | None = None, **drawing,
+) -> None:  # fmt: skip
+    """Answer each of `lines` on stdout, as the tokens come; then tokens a second.
+
+    template: None: a model that was taught no turns goes on with what it is given, each line by
+    itself. speculative: let the MTP module draft; None: if there is one. drawing: temperature,
+    top_p, generator of `DeepSeek.generate`.
+    """
+    talk = Talk(model, encoding, template)
+    if system:
+        talk.messages.append({"role": "system", "content": system})
+    drafts = bool(model.mtp) if speculative is None else speculative
+    hear = lambda piece: print(piece, end="", flush=True)
+    for line in lines:
+        if not line.strip("\n"):
+            continue
+        try:
+            said = talk.answer(line.strip("\n"), hear, max_new_tokens, drafts, **drawing)
+        except ValueError as error:
+            print(f"[{error}]")
+            continue
+        speed = said["tokens"] / said["seconds"]
+        how = ", MTP drafts" if drafts else ""
+        print(f"\n[{said['prompt']} + {said['tokens']} tokens, {speed:.0f} tokens/s{how}]")
+
+
+# %% 6. Is it right? -------------------------------------------------------------------------
+check, measure = base.check, base.measure
+TINY = base.DeepSeekConfig(
+    vocab_size=600, hidden_size=192, intermediate_size=320, moe_intermediate_size=128,
+    num_hidden_layers=3, first_k_dense_replace=1, num_attention_heads=4, q_lora_rank=96,
+    kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=40, n_routed_experts=8,
+    num_experts_per_tok=2, n_group=4, topk_group=2, num_nextn_predict_layers=1,
+    rope_scaling={**base.V3_YARN, "original_max_position_embeddings": 64}, initializer_range=0.05,
+    bos_token_id=598, eos_token_id=599,
+)  # fmt: skip
+TEXT = "def f(x): return 2*x\n\tprint('naïve — ½ π')  # 中文、ひらがな 123456 \U0001f600\n\n   end"
+
+
+def verify_layout() -> dict[str, tuple]:
+    """V3 as this course would write it: the same names, shapes and types as the listing's."""
+    layout = released_layout(base.V3)
+    with torch.device("meta"):
+        planned = plan_files(base.DeepSeek(base.V3).to(BF16), in_fp8=True)
+    ours = {}
+    for name, tensor, quantize in planned:
+        ours[name] = tuple(tensor.shape), CODES if quantize else tensor.dtype
+        if quantize:
+            blocks = tuple(math.ceil(n / 128) for n in tensor.shape)
+            ours[f"{name}_scale_inv"] = blocks, FP32
+    different = len(ours.items() ^ layout.items())
+    check("V3's tensors: names, shapes, types", torch.tensor(different), torch.tensor(0), 0)
+    numbers = sum(math.prod(shape) for shape, _ in layout.values())
+    got = torch.tensor([len(layout), numbers])
+    want = torch.tensor([91_991, 684_531_386_000])
+    check("91,991 of them, 684,531,386,000 numbers [2]", got, want, 0)
+    return layout
+
+
+def verify_round_trips(folder: Path) -> None:
+    """Out and in again: fp32, bf16, FP8 in shards, FP8 that stays FP8."""
+    torch.manual_seed(0)
+    model = base.DeepSeek(TINY)
+    for mixture in model.mixtures():
+        mixture.gate.e_score_correction_bias.normal_()
+    tokens = torch.randint(0, 600, (2, 90))  # past YaRN's original context
+    with torch.no_grad():
+        save_released(model, folder / "fp32")
+        again = load_released(folder / "fp32")
+        check("fp32: logits", again(tokens), model(tokens), 0)
+        save_released(model, folder / "fp8", in_fp8=True, shard_bytes=200_000)
+        files = len(list((folder / "fp8").glob("*.safetensors")))
+        wide = load_released(folder / "fp8", dtype=FP32)
+        want = model(tokens)
+        off = lambda got: (got(tokens) - want).std() / want.std()
+        measure("logits_off_by_fp8_weights", 100 * off(wide), f"% of their spread; {files} shards")
+        kept = load_released(folder / "fp8", dtype=FP32, keep_fp8=True)
+        text = "%   activations by tiles too: the products are FP8's"
+        measure("logits_off_by_fp8_products", 100 * off(kept), text)
+        apart = (kept(tokens) - wide(tokens)).std() / want.std()
+        check("FP8 kept = FP8 read as bf16, but for tiles", apart, torch.zeros(()), 0.3)
+        save_released(kept, folder / "again", in_fp8=True, shard_bytes=200_000)
+    first, second = (dict(t.read(t.file)) for t in map(Shards, (folder / "fp8", folder / "again")))
+    # kv_b_proj alone was decoded; its codes come back, its scale is 448·s/448, rounded twice
+    apart = [(first[name].float() - t.float()).abs().max() for name, t in second.items()
+             if not name.endswith("kv_b_proj.weight_scale_inv")]  # fmt: skip
+    check("and written again, bit for bit", torch.stack(apart).max(), torch.tensor(0.0), 0)
+
+
+def verify_tokenizers(folder: Path) -> None:
+    """Through tokenizer.json and back: the same tokens of code and of several scripts."""
+    folder.mkdir()
+    encoding = base.encoding_of(base.train_bpe([Path(__file__).read_text("utf-8")], 800))
+    save_tokenizer(encoding, folder, bos_token_id=800)
+    loaded = load_tokenizer(folder)
+    text = TEXT + base.END + "\x00\u3000tail"
+    got, want = (torch.tensor(e.encode(text, allowed_special="all")) for e in (loaded, encoding))
+    check("tokenizer.json and back: the same tokens", got, want, 0)
+    ids = torch.tensor(loaded.encode_ordinary(base.END))
+    check("a special token's name is text, unless allowed", (ids >= 800).sum(), torch.tensor(0), 0)
+
+
+def verify_template() -> None:
+    """R1's turns, by hand."""
+    messages = [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "<think>\nadd\n</think>\n\n2"},
+        {"role": "user", "content": "And 2+2?"},
+    ]  # fmt: skip
+    want = "<s>Be brief.<｜User｜>1+1?<｜Assistant｜>\n\n2</s>"
+    want += "<｜User｜>And 2+2?<｜Assistant｜><think>\n"
+    got = render(R1_TEMPLATE, messages, "<s>", "</s>")
+    got, want = (torch.tensor(list(text.encode())) for text in (got, want))
+    check("R1's template, past thoughts left out", got, want, 0)
+
+
+# %% 7. What is in the 641 GiB? ----------------------------------------------------------------
+PARTS = {  # of a name: where its bytes belong
+    "experts": r"\.mlp\.experts\.", "attention": r"\.self_attn\.",
+    "shared experts, dense FFN": r"\.mlp\.(shared_experts|gate_proj|up_proj|down_proj)",
+    "embedding, head": r"embed_tokens|lm_head|shared_head\.head",
+    "router, norms, eh_proj": r".",
+}  # fmt: skip
+
+
+def anatomy(layout: dict[str, tuple], out: Path) -> None:
+    """GiB of each part of V3's files, as released and as they would be in bf16."""
+    released, plain = (dict.fromkeys(PARTS, 0.0) for _ in range(2))
+    for name, (shape, dtype) in layout.items():
+        part = next(part for part, pattern in PARTS.items() if regex.search(pattern, name))
+        released[part] += math.prod(shape) * dtype.itemsize / 2**30
+        if not name.endswith("_scale_inv"):
+            plain[part] += math.prod(shape) * 2 / 2**30
+    for part, size in released.items():
+        name = regex.sub(r"\W+", "_", part)
+        measure(f"gib_{name}", size, f"GiB   {100 * size / sum(released.values()):.1f} % of all")
+    total = torch.tensor(sum(released.values()))
+    check("GiB of V3's files, published: 641.3", total, torch.tensor(641.3), 0.05)
+    draw(released, plain, out)
+    print(f"figure   {out}")
+
+
+def draw(released: dict[str, float], plain: dict[str, float], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 3.2), layout="constrained")
+    for row, sizes in enumerate((plain, released)):
+        left = 0.0
+        for number, (part, size) in enumerate(sizes.items()):
+            axes.barh(row, size, left=left, color=f"C{number}", label=part if row else None)
+            left += size
+        axes.annotate(f"  {left:,.0f} GiB", (left, row), va="center")
+    axes.set_yticks([0, 1], ["in bf16", "as released:\nFP8 by 128×128"])
+    axes.set(xlabel="GiB", xlim=(0, 1.15 * sum(plain.values())))
+    axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+    share = released["experts"] / sum(released.values())
+    axes.set_title(
+        f"{share:.0%} of DeepSeek-V3's files are experts, and a token uses 1 in 32 of them"
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+
+
+# %% Exercises -------------------------------------------------------------------------------
+# 1. Break it: read `weight_scale_inv` as what its name says, a divisor. Which line tells? By how
+#    much is the loss off, and why would a test of shapes never notice?
+# 2. Turn the scales round on the way out, (K/128, N/128). Which weights give it away by their shape
+#    and which do not? Write a model in which none does.
+# 3. Chat with runs/nano/checkpoint at --temperature 0, with the MTP drafts and with --no-mtp. The
+#    text is the same, is the speed? Then try the checkpoint of 07: what does "5-9+7=" get?
+
+
+def arguments() -> argparse.Namespace:
+    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add = cli.add_argument
+    add("folder", type=Path, nargs="?", help="a released folder, or one of 06's or 07's: chat")
+    add("--save", type=Path, metavar="NEW", help="write FOLDER in the released layout, no chat")
+    add("--fp8", action="store_true", help="with --save: weights as FP8 blocks; else: keep FP8")
+    add("--device", default=default, help="cpu, cuda, cuda:1, … (%(default)s)")
+    add("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
+    add("--temperature", type=float, default=0.6, help="0: always the likeliest (%(default)s)")
+    add("--top-p", type=float, default=0.95, help="of the probability (%(default)s)")
+    add("--max-new-tokens", type=int, default=256, help="of an answer (%(default)s)")
+    add("--system", help="what the conversation begins with, where the model knows turns")
+    add("--no-mtp", action="store_true", help="decode without drafts")
+    add("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
+    args = cli.parse_args()
+    if args.folder is None and (args.save or args.fp8):
+        cli.error("--save and --fp8 want a FOLDER")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except Exception as error:  # each backend raises a type of its own
+        cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
+    return args
+
+
+def converse(args: argparse.Namespace) -> None:
+    folder = args.folder / "checkpoint" if (args.folder / "checkpoint").exists() else args.folder
+    encoding, template = load_tokenizer(folder), read_template(folder)
+    keep = args.fp8 and not args.save
+    model = load_released(folder, args.device, keep_fp8=keep, progress=True)
+    if args.save:
+        save_released(model, args.save, encoding, args.fp8, chat_template=template)
+        print(f"{args.save}: {', '.join(sorted(p.name for p in args.save.iterdir()))}")
+        return
+    drawing = {"temperature": args.temperature, "top_p": args.top_p}
+    drawing["generator"] = torch.Generator(args.device).manual_seed(args.seed)
+    lines = prompted() if sys.stdin.isatty() else sys.stdin
+    drafts = False if args.no_mtp else None
+    chat(model, encoding, lines, template, args.system, args.max_new_tokens, drafts, **drawing)
+
+
+def prompted() -> Iterator[str]:
+    print("Ctrl-D ends; a model without a chat template goes on with what you write.")
+    while True:
+        try:
+            yield input("\n> ")
+        except (EOFError, KeyboardInterrupt):
+            return print()
+
+
+def main() -> None:
+    args = arguments()
+    if args.folder is not None:
+        try:
+            return converse(args)
+        except ValueError as error:
+            sys.exit(str(error))
+    layout = verify_layout()
+    with tempfile.TemporaryDirectory() as folder:
+        verify_round_trips(Path(folder))
+        verify_tokenizers(Path(folder) / "tokenizer")
+    verify_template()
+    anatomy(layout, args.out / "08_checkpoints.png")
+
+
+if __name__ == "__main__":
+    main()
