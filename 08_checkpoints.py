@@ -451,10 +451,15 @@ V3_CUTS = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )  # fmt: skip
-# therefore blind to them. In one cut the same: no class holds them, and a gap may end before them.
+# therefore blind to them, though it cuts their pieces once more. In one: no class may hold a
+# Japanese and another character, and spaces before a number or before Chinese end a piece.
 _CJK = r"\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff"
+_KANA = (
+    rf"[{_CJK}&&[^\p{{L}}\p{{P}}\p{{S}}]]?[\p{{L}}\p{{M}}&&[{_CJK}]]+|[\p{{P}}\p{{S}}&&[{_CJK}]]+"
+)
 V3_CUT = "|".join((
-    r"\p{N}{1,3}", f"[{_CJK}]+", r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
+    r"\p{N}{1,3}", _KANA, f"(?:(?!{_KANA})[{_CJK}])+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
     rf"[^\r\n\p{{L}}\p{{P}}\p{{S}}\p{{N}}{_CJK}]?[\p{{L}}\p{{M}}&&[^{_CJK}]]+",
     rf" ?[\p{{P}}\p{{S}}&&[^{_CJK}]]+[\r\n]*", r"\s*[\r\n]+",
     rf"\s+(?![^\s\p{{N}}{_CJK}])", r"\s+",

@@ -1,0 +1,819 @@
+"""08_checkpoints.py against transformers, the tokenizers library, and damaged files."""
+
+import base64
+import functools
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import regex
+import tokenizers
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+base = import_module("06_train")
+chapter = import_module("08_checkpoints")
+ROOT = Path(__file__).resolve().parents[1]
+TINY, CODES = chapter.TINY, torch.float8_e4m3fn
+V2_LIKE = replace(
+    TINY, q_lora_rank=None, topk_method="greedy", scoring_func="softmax", norm_topk_prob=False,
+    n_group=1, topk_group=1, routed_scaling_factor=1.0, num_nextn_predict_layers=0,
+)  # fmt: skip
+TOKENS = torch.arange(140).view(2, 70) * 7 % 590
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def model_of(config=TINY, dtype=torch.float32):
+    model = base.DeepSeek(config)
+    for mixture in model.mixtures() + model.mtp_mixtures():
+        if mixture.gate.e_score_correction_bias is not None:
+            mixture.gate.e_score_correction_bias.normal_()
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def encoding():
+    text = (ROOT / "08_checkpoints.py").read_text("utf-8")
+    return base.encoding_of(base.train_bpe([text], 590))
+
+
+def same_weights(a, b):
+    ours, theirs = base.released_tensors(a), base.released_tensors(b)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+
+
+def spoil(folder, change):
+    """Change the tensors of a one-file folder."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+# Round trips --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shard_bytes", [10**9, 100_000], ids=["one", "shards"])
+@pytest.mark.parametrize("config", [TINY, V2_LIKE], ids=["v3", "v2"])
+def test_round_trip_is_bit_exact(config, shard_bytes, dtype, tmp_path):
+    model = model_of(config, dtype)
+    chapter.save_released(model, tmp_path / "out", shard_bytes=shard_bytes)
+    again = chapter.load_released(tmp_path / "out")
+    same_weights(model, again)
+    assert again.config == model.config
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert (len(files) > 5) == (shard_bytes < 10**9)
+    for mixture in again.mixtures():  # fp32 in any model
+        bias = mixture.gate.e_score_correction_bias
+        assert bias is None or bias.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS), model(TOKENS))
+    if shard_bytes == 10**9:  # 06 reads the same folder
+        same_weights(model, base.DeepSeek.from_pretrained(tmp_path / "out"))
+
+
+def test_mtp_weights_survive_or_are_left_out(tmp_path, capsys):
+    model = model_of()
+    chapter.save_released(model, tmp_path / "out", shard_bytes=300_000)
+    assert len(chapter.load_released(tmp_path / "out").mtp) == 1
+    without = chapter.load_released(tmp_path / "out", with_mtp=False)
+    assert len(without.mtp) == 0 and without.config.num_nextn_predict_layers == 0
+    with torch.no_grad():
+        assert torch.equal(without(TOKENS), model(TOKENS))
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    (tmp_path / "out/config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    assert len(chapter.load_released(tmp_path / "out").mtp) == 0
+    assert "has weights of an MTP module" in capsys.readouterr().err
+
+
+def blocks_by_loops(weight):
+    """DeepSeek's description: scale = amax / 448 of each block, zeros around a partial one."""
+    N, K = weight.shape
+    codes = torch.empty(N, K, dtype=CODES)
+    scales = torch.empty(math.ceil(N / 128), math.ceil(K / 128))
+    for i in range(len(scales)):
+        for j in range(scales.shape[1]):
+            rows, columns = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+            scales[i, j] = weight[rows, columns].abs().max() / 448
+            codes[rows, columns] = (weight[rows, columns] / scales[i, j]).to(CODES)
+    return codes, scales
+
+
+def fp8_folder(folder, model, shards=False):
+    """A released FP8 folder by the description, not by the code under test."""
+    names = released_names(model.config)
+    tensors = {name: t.clone() for name, t in base.released_tensors(model).items()}
+    layer = f"model.layers.{model.config.num_hidden_layers}."
+    if model.mtp:
+        tensors[layer + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors[layer + "shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    decoded = {}
+    for name in list(tensors):
+        if names[name] == CODES:
+            codes, scales = blocks_by_loops(tensors[name].float())
+            tensors |= {name: codes, f"{name}_scale_inv": scales}
+            wide = codes.float()
+            for i, row in enumerate(scales):
+                for j, scale in enumerate(row):
+                    wide[128 * i : 128 * i + 128, 128 * j : 128 * j + 128] *= scale
+            decoded[name] = wide
+    folder.mkdir()
+    config = model.config.to_dict() | {"torch_dtype": "bfloat16"}
+    scheme = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    config["quantization_config"] = scheme | {"activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps(config))
+    if not shards:
+        save_file(tensors, folder / "model.safetensors")
+        return decoded
+    parts = {"a.safetensors": {}, "b.safetensors": {}}  # a weight and its scale apart
+    for name, tensor in tensors.items():
+        parts["b.safetensors" if name.endswith("_scale_inv") else "a.safetensors"][name] = tensor
+    for file, part in parts.items():
+        save_file(part, folder / file)
+    places = {name: file for file, part in parts.items() for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return decoded
+
+
+def released_names(config):
+    return {name: dtype for name, (_, dtype) in chapter.released_layout(config).items()}
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["one", "shards"])
+def test_fp8_by_the_description_loads(shards, tmp_path):
+    model = model_of(dtype=torch.bfloat16)
+    decoded = fp8_folder(tmp_path / "fp8", model, shards)
+    loaded = chapter.load_released(tmp_path / "fp8")
+    got = base.released_tensors(loaded)
+    for name, tensor in base.released_tensors(model).items():
+        want = decoded[name].bfloat16() if name in decoded else tensor
+        assert torch.equal(got[name], want), name
+    wide = chapter.load_released(tmp_path / "fp8", dtype=torch.float32)
+    got = base.released_tensors(wide)
+    assert all(torch.equal(got[name], want) for name, want in decoded.items())
+
+
+def test_fp8_kept_is_the_products_of_chapter_04(tmp_path):
+    fp8 = chapter.fp8
+    model = model_of()
+    chapter.save_released(model, tmp_path / "fp8", in_fp8=True)
+    kept = chapter.load_released(tmp_path / "fp8", dtype=torch.float32, keep_fp8=True)
+    wide = chapter.load_released(tmp_path / "fp8", dtype=torch.float32)
+    layer = kept.model.layers[1]
+    assert type(layer.self_attn.q_a_proj) is chapter.StoredLinear
+    assert type(layer.mlp.experts) is chapter.StoredExperts
+    assert type(layer.self_attn.kv_b_proj) is torch.nn.Linear  # split by head
+    x = torch.randn(3, 5, 192)
+    rounded = fp8.dequantize(*fp8.quantize_tiles(x.flatten(0, 1))).view_as(x)
+    want = wide.model.layers[1].self_attn.q_a_proj(rounded)
+    assert (layer.self_attn.q_a_proj(x) - want).abs().max() <= 1e-4 * want.abs().max()
+    experts = wide.model.layers[1].mlp.experts
+    sizes = torch.tensor([3, 0, 1, 2, 0, 0, 4, 5])
+    got = chapter.stored_product(x.flatten(0, 1), layer.mlp.experts.gate_up_proj, sizes)
+    want = chapter.moe.grouped_gemm(rounded.flatten(0, 1), experts.gate_up_proj, sizes)
+    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+    moved = kept.to(torch.bfloat16)  # codes stay codes, scales fp32
+    assert moved.model.layers[1].self_attn.q_a_proj.weight.dtype == CODES
+    assert moved.model.layers[1].mlp.experts.down_proj.weight_scale_inv.dtype == torch.float32
+    with torch.no_grad():  # one token, too few for all experts: another way through them
+        assert kept(TOKENS[:1, :1]).isfinite().all()
+        chapter.save_released(kept, tmp_path / "again")
+    stored = chapter.Shards(tmp_path / "again")
+    assert stored.kind["model.layers.1.mlp.experts.0.gate_proj.weight"] == "F8_E4M3"
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        chapter.save_released(model_of(), out)
+    assert [p.name for p in out.iterdir()] == ["notes.txt"]
+    with pytest.raises(ValueError, match="shard_bytes"):
+        chapter.save_released(model_of(), tmp_path / "zero", shard_bytes=0)
+    monkeypatch.setattr(chapter, "save_file", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        chapter.save_released(model_of(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+# transformers -------------------------------------------------------------------------------
+
+HF_V3 = dict(
+    vocab_size=600, hidden_size=96, intermediate_size=160, moe_intermediate_size=48,
+    num_hidden_layers=3, first_k_dense_replace=1, num_attention_heads=4, num_key_value_heads=4,
+    q_lora_rank=40, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12,
+    n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, n_group=4, topk_group=2,
+    max_position_embeddings=512, bos_token_id=598, eos_token_id=599, initializer_range=0.1,
+)  # fmt: skip
+YARN = dict(
+    rope_type="yarn", factor=4.0, original_max_position_embeddings=32, mscale=0.7,
+    mscale_all_dim=1.1, beta_fast=32, beta_slow=1, rope_theta=10000.0,
+)  # fmt: skip
+HF_MODELS = {
+    "v3": {}, "no_q_lora": {"q_lora_rank": None}, "yarn": {"rope_parameters": YARN},
+    "half_split": {"rope_interleave": False}, "one_group": {"n_group": 1, "topk_group": 1},
+    "not_normed": {"norm_topk_prob": False}, "all_dense": {"first_k_dense_replace": 3},
+}  # fmt: skip
+
+
+def theirs(kind, dtype=torch.float32, **changed):
+    config, model = {
+        "v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
+        "v2": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),
+    }[kind]
+    model = model(config(**{**HF_V3, **changed})).eval().to(dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.data.normal_()
+    return model
+
+
+@pytest.mark.parametrize("options", HF_MODELS)
+def test_what_transformers_wrote_loads_with_equal_logits(options, tmp_path):
+    model = theirs("v3", **HF_MODELS[options])
+    model.save_pretrained(tmp_path)
+    ours = chapter.load_released(tmp_path)
+    with torch.no_grad():
+        error = (ours(TOKENS) - model(TOKENS).logits).abs().max()
+    assert error <= 2e-5, error
+
+
+def test_v2_in_shards_of_bf16(tmp_path):
+    model = theirs(
+        "v2", torch.bfloat16, q_lora_rank=None, topk_method="greedy", n_group=None,
+        topk_group=None, norm_topk_prob=False, routed_scaling_factor=1.0,
+    )  # fmt: skip
+    model.save_pretrained(tmp_path, max_shard_size="150KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    ours = chapter.load_released(tmp_path)
+    assert ours.lm_head.weight.dtype == torch.bfloat16
+    wide = chapter.load_released(tmp_path, dtype=torch.float32)
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        assert (wide(TOKENS) - other(TOKENS).logits).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 200_000], ids=["one", "shards"])
+@pytest.mark.parametrize("config", [TINY, V2_LIKE], ids=["v3", "v2"])
+def test_what_we_write_opens_in_transformers(config, shard_bytes, encoding, tmp_path):
+    """AutoModel, AutoTokenizer, pipeline: the same logits, ids and greedy text."""
+    config = replace(config, vocab_size=591, bos_token_id=590, eos_token_id=590)
+    model = model_of(config)
+    chapter.save_released(model, tmp_path / "out", encoding, shard_bytes=shard_bytes)
+    other, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    with torch.no_grad():
+        error = (model(TOKENS) - other.eval()(TOKENS).logits).abs().max()
+    assert error <= 1e-4, error
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "import torch\n\nclass Naïve:\n    pass  # 中文"
+    ids = encoding.encode_ordinary(text)
+    assert tokenizer(text, add_special_tokens=False).input_ids == ids
+    assert tokenizer(text).input_ids == [590, *ids]
+    assert tokenizer.decode(ids) == text
+    write = transformers.pipeline("text-generation", model=other, tokenizer=tokenizer)
+    got = write(text, max_new_tokens=8, do_sample=False, return_full_text=False)
+    want = model.generate([[590, *ids]], 8, eos_token_id=590)[0]
+    want = [token for token in want if token != 590]
+    assert got[0]["generated_text"] == tokenizer.decode(want)
+
+
+# Bad files ----------------------------------------------------------------------------------
+
+BROKEN = {
+    "missing": (lambda t: t.pop("model.norm.weight"), "1 tensors missing: model.norm.weight"),
+    "unexpected": (lambda t: t.update(x=torch.ones(2)), "1 tensors unexpected: x"),
+    "shape": (
+        lambda t: t.update({"model.norm.weight": torch.ones(191)}),
+        r"another shape: model.norm.weight \(191,\), want \(192,\)",
+    ),
+    "nan": (
+        lambda t: t["lm_head.weight"][5].fill_(float("nan")), "lm_head.weight holds a NaN",
+    ),
+    "infinite_bias": (
+        lambda t: t["model.layers.1.mlp.gate.e_score_correction_bias"].fill_(float("inf")),
+        "e_score_correction_bias holds a NaN or an inf",
+    ),
+    "integers": (
+        lambda t: t.update({"model.norm.weight": torch.ones(192, dtype=torch.int8)}),
+        "model.norm.weight is I8; want F32",
+    ),
+    "scale_of_nothing": (
+        lambda t: t.update({"model.norm.weight_scale_inv": torch.ones(2)}), "scale of no FP8",
+    ),
+    "mtp_head": (
+        lambda t: t["model.layers.3.shared_head.head.weight"].add_(1), "is not lm_head.weight",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_is_refused(case, tmp_path):
+    change, message = BROKEN[case]
+    chapter.save_released(model_of(), tmp_path / "out")
+    spoil(tmp_path / "out", change)
+    with pytest.raises(ValueError, match=message):
+        chapter.load_released(tmp_path / "out")
+
+
+KV_A = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"  # (144, 192): scales (2, 2)
+DOWN = "model.layers.0.mlp.down_proj.weight"  # (192, 320): scales (2, 3)
+BROKEN_FP8 = {
+    "no_scale": (lambda t: t.pop(f"{DOWN}_scale_inv"), "is FP8 and has no weight_scale_inv"),
+    "transposed": (
+        lambda t: t.update({f"{DOWN}_scale_inv": t[f"{DOWN}_scale_inv"].T.contiguous()}),
+        r"_scale_inv is \(3, 2\), want \(2, 3\): it is transposed",
+    ),
+    "floor": (
+        lambda t: t.update({f"{KV_A}_scale_inv": torch.ones(1, 1)}), r"is \(1, 1\), want \(2, 2\)",
+    ),
+    "bytes": (
+        lambda t: t.update({f"{DOWN}_scale_inv": torch.full((2, 3), 127, dtype=torch.uint8)}),
+        "is U8; want F32",
+    ),
+    "nan_scale": (
+        lambda t: t[f"{DOWN}_scale_inv"].fill_(float("nan")), "down_proj.weight holds a NaN",
+    ),
+    "nan_code": (
+        lambda t: t[DOWN].view(torch.uint8)[3, 4].fill_(0x7F), "down_proj.weight holds a NaN",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["decoded", "kept"])
+@pytest.mark.parametrize("case", BROKEN_FP8)
+def test_a_broken_fp8_file_is_refused(case, keep, tmp_path):
+    change, message = BROKEN_FP8[case]
+    chapter.save_released(model_of(), tmp_path / "out", in_fp8=True)
+    spoil(tmp_path / "out", change)
+    with pytest.raises(
+        ValueError, match=message.replace("down_proj.weight h", "down_proj.weight(_scale_inv)? h")
+    ):
+        chapter.load_released(tmp_path / "out", keep_fp8=keep)
+
+
+def test_a_square_scale_turned_round_is_seen_by_nothing_but_the_numbers(tmp_path):
+    """Codes and scales are independent, so no check of one tensor can tell; its neighbours do."""
+    model = model_of()
+    chapter.save_released(model, tmp_path / "out", in_fp8=True)
+
+    def turn_all(tensors):
+        for name in list(tensors):
+            if name.endswith("_scale_inv"):
+                tensors[name] = tensors[name].T.contiguous()
+
+    spoil(tmp_path / "out", turn_all)
+    with pytest.raises(ValueError, match="it is transposed"):
+        chapter.load_released(tmp_path / "out")
+
+
+CONFIGS = {
+    "model_type": ({"model_type": "llama"}, "model_type 'llama'"),
+    "kimi": ({"model_type": "kimi_k2"}, "model_type 'kimi_k2'"),
+    "bias": ({"attention_bias": True}, "attention_bias = True is not built"),
+    "awq": ({"quantization_config": {"quant_method": "awq"}}, "quant_method 'awq' is not 'fp8'"),
+    "blocks": (
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
+        r"weight_block_size \[64, 64\] is not \[128, 128\]",
+    ),
+    "e5m2": ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, "fmt 'e5m2'"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_that_is_not_ours_is_refused(case, tmp_path):
+    change, message = CONFIGS[case]
+    chapter.save_released(model_of(), tmp_path / "out")
+    path = tmp_path / "out/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        chapter.load_released(tmp_path / "out")
+
+
+def test_damaged_files_are_named(tmp_path):
+    model = model_of()
+    chapter.save_released(model, tmp_path / "whole")
+    weights = (tmp_path / "whole/model.safetensors").read_bytes()
+    for name, content in {
+        "truncated": weights[: len(weights) // 2],
+        "empty": b"",
+        "huge_header": (2**60).to_bytes(8, "little") + weights[8:],
+        "no_json": (16).to_bytes(8, "little") + b"not json at all!" + weights[24:],
+        "pickle": b"\x80\x04\x95" + weights[3:],
+    }.items():
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"model.safetensors can't be read"):
+            chapter.load_released(tmp_path / name)
+    header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 2**40]}}).encode()
+    path = tmp_path / "whole/model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 16)
+    with pytest.raises(ValueError, match=r"model.safetensors can't be read"):
+        chapter.load_released(tmp_path / "whole")
+
+
+def test_shards_that_do_not_fit_their_index(tmp_path):
+    chapter.save_released(model_of(), tmp_path / "out", shard_bytes=400_000)
+    index = tmp_path / "out/model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    first = sorted(set(raw["weight_map"].values()))[0]
+    (tmp_path / "out" / first).rename(tmp_path / "kept")
+    with pytest.raises(ValueError, match=f"{first} can't be read"):
+        chapter.load_released(tmp_path / "out")
+    (tmp_path / "kept").rename(tmp_path / "out" / first)
+    name = next(n for n, file in raw["weight_map"].items() if file == first)
+    others = sorted(set(raw["weight_map"].values()) - {first})
+    index.write_text(json.dumps({"weight_map": raw["weight_map"] | {name: others[0]}}))
+    with pytest.raises(ValueError, match=f"{name} is not in {others[0]}"):
+        chapter.load_released(tmp_path / "out")
+    index.write_text(json.dumps({"weight_map": {name: "../kept.safetensors"}}))
+    with pytest.raises(ValueError, match="outside"):
+        chapter.load_released(tmp_path / "out")
+    index.write_text("[]")
+    with pytest.raises(ValueError, match="can't be read"):
+        chapter.load_released(tmp_path / "out")
+
+
+def test_gate_and_up_in_one_block_cannot_be_kept(tmp_path):
+    model = model_of(replace(TINY, moe_intermediate_size=72))
+    chapter.save_released(model, tmp_path / "out", in_fp8=True)
+    chapter.load_released(tmp_path / "out")
+    with pytest.raises(ValueError, match="multiple of 128.*got 72"):
+        chapter.load_released(tmp_path / "out", keep_fp8=True)
+
+
+# Memory -------------------------------------------------------------------------------------
+
+PEAK = """
+import resource, sys
+from importlib import import_module
+import torch
+chapter = import_module("08_checkpoints")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = chapter.load_released(sys.argv[1], keep_fp8=sys.argv[2] == "kept")
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+held = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+print(1024 * (after - before), held)
+"""
+
+
+@pytest.mark.parametrize("how", ["bf16", "fp8", "kept"])
+def test_peak_memory_is_the_model_and_twice_its_largest_tensor(how, tmp_path):
+    """Resident, what is mapped of the files included."""
+    config = replace(
+        TINY, vocab_size=16000, hidden_size=1024, intermediate_size=4096, moe_intermediate_size=512,
+        n_routed_experts=32, num_hidden_layers=4, num_nextn_predict_layers=0,
+    )  # fmt: skip
+    model = model_of(config, torch.bfloat16)
+    chapter.save_released(model, tmp_path / "out", in_fp8=how != "bf16", shard_bytes=60_000_000)
+    largest = max(t.numel() * t.element_size() for t in base.released_tensors(model).values())
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "out"), how]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    grown, held = map(int, done.stdout.split())
+    assert held > 5 * largest  # or the bar would say little
+    assert grown <= held + 2 * largest, (grown / 1e6, held / 1e6, largest / 1e6)
+
+
+# Tokenizers ---------------------------------------------------------------------------------
+
+SPECIALS = ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<think>"]
+SAMPLES = [
+    "def f(x):\n    return 'naïve' + x[1234567]\n\n\n  # done  ",
+    "Don't  SHOUT, it's   fine…",
+    "中文和日本語、ひらがなカタカナ。混ぜるEnglishと123数字45",
+    "한국어 텍스트",
+    "العربية ١٢٣ עברית",
+    "Ünïcödé ÀÉÎ \ufb01 ½²",
+    "\x00\x01 control\x7f\u200b\u200d",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea 1\ufe0f\u20e3",
+    "a\r\nb\rc\n\td\u2028e\u3000f\xa0 g",
+    "  \n  \n",
+    "!!!abc ?def -x_y",
+    "\uff46\uff55\uff4c\uff4c \uff11\uff12",
+    "ก็ไม่รู้ हिन्दी नमस्ते",
+    "\u3099\u309a\u309b\u309c\u309d\u30fb\u30fc\u30a0\u30ff",
+    "\u3040\u3040\u3072\x00\u3097\u3098\u30fb\u3099a",
+    " 1  2   3\n4",
+]
+
+
+@functools.cache
+def trained(cuts: tuple[str, ...]):
+    """A tokenizer as V3's file describes one, trained by the tokenizers library."""
+    split = lambda p: tokenizers.pre_tokenizers.Split(tokenizers.Regex(p), "isolated")
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        *map(split, cuts),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=SPECIALS, show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    code = (ROOT / "08_checkpoints.py").read_text("utf-8")
+    inner.train_from_iterator([code, *SAMPLES * 5], trainer)
+    return inner
+
+
+def in_folder(inner, folder):
+    folder.mkdir(exist_ok=True)
+    inner.save(str(folder / "tokenizer.json"))
+    return chapter.load_tokenizer(folder)
+
+
+CUTS = {
+    "v3": chapter.V3_CUTS,
+    "kimi": (chapter.KIMI,),
+    "ours": (base.CHUNKS,),
+    "with_gaps": (r"\p{L}+|\p{N}{1,3}",),
+}
+TEXTS = st.text(
+    st.one_of(
+        st.sampled_from(
+            " \n\r\t.!'abcXYZ019中龥あゞーヿ゠・é½\u3000\x00\u200b\u3040\u3099\u309b\u3098"
+        ),
+        st.characters(exclude_categories=["Cs"]),
+    ),
+    max_size=30,
+)
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_a_tokenizer_json_gives_the_ids_of_the_tokenizers_library(cuts, tmp_path):
+    inner = trained(CUTS[cuts])
+    ours = in_folder(inner, tmp_path)
+
+    @settings(max_examples=400, deadline=None)
+    @given(TEXTS)
+    def compare(text):
+        ids = inner.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text, allowed_special="all") == ids
+        assert ours.decode_bytes(ids) == text.encode()
+
+    compare()
+    text = "".join(SAMPLES) + (ROOT / "06_train.py").read_text("utf-8")
+    text += "<think>" + SPECIALS[0] + " <｜User｜>hi"
+    assert ours.encode(text, allowed_special="all") == inner.encode(text).ids
+    ordinary = ours.encode_ordinary("a<think>b")  # as text, where it is not allowed
+    assert not set(ordinary) & {ours.encode_single_token(name) for name in SPECIALS}
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_what_we_write_gives_the_same_ids_there(cuts, tmp_path):
+    ours = in_folder(trained(CUTS[cuts]), tmp_path)
+    (tmp_path / "out").mkdir()
+    bos = ours.encode_single_token(SPECIALS[0])
+    chapter.save_tokenizer(ours, tmp_path / "out", bos, bos, chapter.R1_TEMPLATE)
+    other = tokenizers.Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+
+    @settings(max_examples=300, deadline=None)
+    @given(TEXTS)
+    def compare(text):
+        want = ours.encode(text, allowed_special="all")
+        assert other.encode(text, add_special_tokens=False).ids == want
+        assert other.encode(text).ids == [bos, *want]
+        assert auto(text, add_special_tokens=False).input_ids == want
+
+    compare()
+    for text in SAMPLES:
+        assert auto(text).input_ids == [bos, *ours.encode_ordinary(text)]
+
+
+def tiktoken_folder(folder, ranks, added=None):
+    folder.mkdir()
+    lines = [f"{base64.b64encode(t).decode()} {r}\n" for t, r in ranks.items()]
+    (folder / "tiktoken.model").write_text("".join(lines))
+    if added:
+        decoder = {str(i): {"content": name} for name, i in added.items()}
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps({"added_tokens_decoder": decoder}))
+    return folder
+
+
+def test_a_tiktoken_vocabulary_is_kimis(tmp_path):
+    """The form of Moonlight: ranks in one file, names of special tokens in another."""
+    kimi = in_folder(trained((chapter.KIMI,)), tmp_path / "json")
+    tokens = sorted(kimi.token_byte_values(), key=kimi.encode_single_token)
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    n = len(ranks)
+    folder = tiktoken_folder(tmp_path / "kimi", ranks, {"[BOS]": n, "<|im_end|>": n + 2})
+    ours = chapter.load_tokenizer(folder)
+    assert ours.n_vocab == n + 256
+    assert ours.encode("[BOS]x<|im_end|>", allowed_special="all")[::2] == [n, n + 2]
+    assert ours.encode(f"<|reserved_token_{n + 1}|>", allowed_special="all") == [n + 1]
+    shift = kimi.encode_single_token(tokens[0])
+    for text in SAMPLES:
+        assert [i + shift for i in ours.encode_ordinary(text)] == kimi.encode_ordinary(text)
+    (folder / "tiktoken.model").write_text("not base64\n")
+    with pytest.raises(ValueError, match="no tiktoken vocabulary"):
+        chapter.load_tokenizer(folder)
+
+
+def edited(tmp_path, change):
+    in_folder(trained(CUTS["v3"]), tmp_path)
+    path = tmp_path / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+    return tmp_path
+
+
+def swap_ids(raw):
+    vocab = raw["model"]["vocab"]
+    a, b = (next(t for t, i in vocab.items() if i == n) for n in (400, 900))
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+
+
+def another_merge(raw):
+    merges = raw["model"]["merges"]
+    i = next(i for i, (a, b) in enumerate(merges) if len(a) == 2 and len(b) == 1)
+    a, b = merges[i]
+    merges[i] = [a[0], a[1] + b]
+
+
+NOT_OURS = {
+    "unigram": (lambda raw: raw["model"].update(type="Unigram"), "Unigram"),
+    "byte_fallback": (lambda raw: raw["model"].update(byte_fallback=True), "not byte-level BPE"),
+    "normalizer": (lambda raw: raw.update(normalizer={"type": "NFC"}), "normalizer 'NFC'"),
+    "digits": (lambda raw: raw.update(pre_tokenizer={"type": "Digits"}), "pre_tokenizer"),
+    "cuts": (
+        lambda raw: raw["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\p{N}"),
+        "not V3's, not one Split",
+    ),
+    "strip": (lambda raw: raw["added_tokens"][0].update(lstrip=True), "neighbours' spaces"),
+    "order": (swap_ids, "ids do not follow the merges"),
+    "merge": (another_merge, "not merged as ranks would|ids do not follow|can't be read"),
+    "not_json": (None, "can't be read"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_OURS)
+def test_a_tokenizer_that_tiktoken_could_not_reproduce_is_refused(case, tmp_path):
+    change, message = NOT_OURS[case]
+    folder = edited(tmp_path, change or (lambda raw: None))
+    if change is None:
+        (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=message):
+        chapter.load_tokenizer(folder)
+
+
+def test_an_empty_normalizer_is_none_and_newlines_may_be_spelt(tmp_path):
+    def change(raw):
+        raw["normalizer"] = {"type": "Sequence", "normalizers": []}
+        last = raw["pre_tokenizer"]["pretokenizers"][2]["pattern"]
+        last["Regex"] = last["Regex"].replace(r"\r", "\r").replace(r"\n", "\n")
+        raw["model"]["merges"] = [" ".join(pair) for pair in raw["model"]["merges"]]
+
+    folder = edited(tmp_path, change)
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ours = chapter.load_tokenizer(folder)
+    for text in SAMPLES:
+        assert ours.encode_ordinary(text) == inner.encode(text).ids
+
+
+def test_no_tokenizer_is_said(tmp_path, encoding):
+    with pytest.raises(ValueError, match="has no tokenizer: want one of encoding.json"):
+        chapter.load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="token 3 is not a special one"):
+        chapter.save_tokenizer(encoding, tmp_path, bos_token_id=3)
+
+
+# Chat ---------------------------------------------------------------------------------------
+
+R1_PUBLISHED = (  # without its tools, as the released tokenizer_config.json has it
+    "{% set ns = namespace(system_prompt='', is_first_sp=true) %}{%- for message in messages %}"
+    "{%- if message['role'] == 'system' %}{%- if ns.is_first_sp %}"
+    "{% set ns.system_prompt = ns.system_prompt + message['content'] %}"
+    "{% set ns.is_first_sp = false %}{%- else %}"
+    "{% set ns.system_prompt = ns.system_prompt + '\\n\\n' + message['content'] %}{%- endif %}"
+    "{%- endif %}{%- endfor %}{{ bos_token }}{{ ns.system_prompt }}"
+    "{%- for message in messages %}{%- if message['role'] == 'user' %}"
+    "{{'<｜User｜>' + message['content']}}{%- endif %}"
+    "{%- if message['role'] == 'assistant' %}{% set content = message['content'] %}"
+    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{'<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>'}}{%- endif %}{%- endfor %}"
+    "{% if add_generation_prompt %}{{'<｜Assistant｜><think>\\n'}}{% endif %}"
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {
+            "role": st.sampled_from(["user", "assistant", "system"]),
+            "content": st.text("ab \n</think>{}", max_size=12),
+        }
+    ),
+    max_size=5,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(MESSAGES)
+def test_r1s_template(messages):
+    marks = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+    want = chapter.render(R1_PUBLISHED, messages, *marks)
+    assert chapter.render(chapter.R1_TEMPLATE, messages, *marks) == want
+
+
+def test_a_template_is_rendered_in_a_sandbox():
+    with pytest.raises(ValueError, match="can't be rendered"):
+        chapter.render("{{ messages.__class__.__mro__[1].__subclasses__() }}", [])
+    with pytest.raises(ValueError, match="can't be rendered"):
+        chapter.render("{% for %}", [])
+
+
+@pytest.fixture(scope="module")
+def spoken(encoding):
+    torch.manual_seed(0)
+    small = {"vocab_size": 591, "bos_token_id": 590, "eos_token_id": 590}
+    model = model_of(replace(TINY, **small, max_position_embeddings=96))
+    return model, encoding
+
+
+TURNS = "{{ bos_token }}{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
+
+
+def test_a_conversation_streams_the_greedy_text(spoken, capsys):
+    model, encoding = spoken
+    for drafts in None, False:
+        chapter.chat(model, encoding, ["import os\n", "\n"], None, None, 12, drafts)
+        out = capsys.readouterr().out
+        want = model.generate([[590, *encoding.encode_ordinary("import os")]], 12, eos_token_id=590)
+        text = encoding.decode_bytes([t for t in want[0] if t != 590]).decode("utf-8", "replace")
+        assert out.startswith(text.rstrip("\ufffd"))
+        assert regex.search(rf"\[\d+ \+ {len(want[0])} tokens, \d+ tokens/s", out)
+        assert ("MTP drafts" in out) == (drafts is None)
+
+
+def test_the_oldest_turns_leave_first_and_the_system_message_stays(spoken):
+    model, encoding = spoken
+    talk = chapter.Talk(model, encoding, TURNS)
+    talk.messages = [{"role": "system", "content": "S"}]
+    for i in range(6):
+        talk.messages.append({"role": "user", "content": f"question {i} " * 2})
+        talk.messages.append({"role": "assistant", "content": f"answer {i}"})
+    talk.messages.append({"role": "user", "content": "last"})
+    whole = encoding.decode(talk.prompt(10**6))
+    assert all(f"answer {i}" in whole for i in range(6))
+    cut = encoding.decode(talk.prompt(len(encoding.encode(whole, allowed_special="all")) - 1))
+    assert "[system:S]" in cut and "question 0" not in cut and "answer 0" not in cut
+    assert "question 1" in cut and cut.endswith("[user:last]")
+    with pytest.raises(ValueError, match="there is room for 5"):
+        talk.prompt(5)
+
+
+def test_what_is_too_long_is_said_and_forgotten(spoken, capsys):
+    model, encoding = spoken
+    lines = ["hello " * 90, "hi"]
+    chapter.chat(model, encoding, lines, TURNS, "S", 8)
+    out = capsys.readouterr().out
+    assert "[this message takes" in out and "tokens/s" in out
+    chapter.chat(model, encoding, ["hello " * 90], None, None, 8)  # no turns: the end of it
+    assert "[88 + " in capsys.readouterr().out
+    chapter.chat(model, encoding, ["x"], None, None, 96)
+    assert "want max_new_tokens of 1 to 95, got 96" in capsys.readouterr().out
+
+
+def test_the_command_line(tmp_path, encoding):
+    """A folder as 06 writes it: exported, then talked to from what was exported."""
+    model = model_of(replace(TINY, vocab_size=591, bos_token_id=590, eos_token_id=590))
+    run = tmp_path / "run/checkpoint"
+    model.save_pretrained(run)
+    base.save_encoding(encoding, run / "encoding.json")
+
+    def call(*arguments, said=""):
+        command = [sys.executable, "08_checkpoints.py", *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, input=said, capture_output=True, text=True)
+
+    done = call(tmp_path / "run", "--save", tmp_path / "new", "--fp8")
+    assert done.returncode == 0 and "tokenizer.json" in done.stdout, done.stderr
+    talk = ["--temperature", "0", "--max-new-tokens", "6", "--device", "cpu"]
+    done = call(tmp_path / "new", *talk, said="import os\n")
+    assert done.returncode == 0 and "tokens/s, MTP drafts]" in done.stdout, done.stderr
+    done = call(tmp_path / "new", *talk, "--fp8", "--no-mtp", said="import os\n")
+    assert done.returncode == 0 and "MTP" not in done.stdout, done.stderr
+    done = call(tmp_path / "run", "--save", tmp_path / "new")
+    assert done.returncode == 1 and "not empty" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = call(tmp_path / "nothing")
+    assert done.returncode == 1 and "has no tokenizer" in done.stderr
+    done = call("--fp8")
+    assert done.returncode == 2 and "want a FOLDER" in done.stderr
