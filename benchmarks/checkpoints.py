@@ -1,0 +1,166 @@
+r"""Decoding, prefill and memory beside transformers' generate, from the same folder.
+
+Two models with random weights, written by `save_released` and opened by both: `nano` as chapter 06
+trains it (fp32), and four layers as wide as V2-Lite (bf16: 2.2 billion weights). Each side writes
+the same number of tokens greedily behind prompts of equal length, through its own cache; of
+transformers' two kinds of experts the faster counts. Interleaved in one process, medians. Memory is
+the peak of a process of its own, loading included.
+
+Run:  python benchmarks/checkpoints.py          6 minutes on two CPU cores
+"""
+
+import argparse
+import contextlib
+import io
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+chapter = import_module("08_checkpoints")
+base, measure = chapter.base, chapter.measure
+MODELS = {  # config, dtype, new tokens, rounds
+    "nano": (replace(base.NANO, num_nextn_predict_layers=0), torch.float32, 64, 9),
+    "v2_lite_4_layers": (
+        replace(base.V2_LITE, num_hidden_layers=4, vocab_size=32768, bos_token_id=0,
+                eos_token_id=1),
+        torch.bfloat16, 16, 7,
+    ),
+}  # fmt: skip
+PROMPT, PREFILL, EXPERTS = 64, 512, ("eager", "grouped_mm")
+
+
+def write_model(name: str, folder: Path) -> None:
+    config, dtype, _, _ = MODELS[name]
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = base.DeepSeek(config)
+    model.to(dtype).to_empty(device="cpu")
+    for parameter in model.parameters():  # in place: a second copy would be the peak
+        if parameter.dim() == 1:
+            torch.nn.init.ones_(parameter)
+        else:
+            torch.nn.init.normal_(parameter, std=0.02)
+    chapter.save_released(model, folder)
+
+
+def open_theirs(folder: Path, experts: str):
+    from transformers import AutoModelForCausalLM
+
+    with contextlib.redirect_stderr(io.StringIO()):
+        kind = {"experts_implementation": experts}
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **kind).eval()
+
+
+def prompts_of(config, batch: int, length: int) -> torch.Tensor:
+    return torch.randint(2, config.vocab_size, (batch, length))
+
+
+def decoders(ours, theirs: dict, prompts: torch.Tensor, new: int) -> dict[str, Callable]:
+    """Functions that write `new` tokens behind the prompts; none stops before."""
+    rows, mask = prompts.tolist(), torch.ones_like(prompts)
+    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    call = lambda model: model.generate(prompts, attention_mask=mask, pad_token_id=0, **settings)
+    tasks = {"ours": lambda: ours.generate(rows, new)}
+    return tasks | {name: (lambda model=model: call(model)) for name, model in theirs.items()}
+
+
+@torch.no_grad()
+def race(tasks: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for number in range(rounds + 1):
+        for name, task in tasks.items():
+            begin = time.perf_counter()
+            task()
+            if number:  # the first warms up
+                times[name].append(time.perf_counter() - begin)
+    return times
+
+
+def report(name: str, times: dict[str, list[float]], unit: str, amount: int, bar: str) -> None:
+    """Ours, the faster of theirs, and the median of the ratios round by round."""
+    medians = {who: statistics.median(seconds) for who, seconds in times.items()}
+    rival = min((who for who in medians if who != "ours"), key=medians.get)
+    ratios = [b / a for a, b in zip(times["ours"], times[rival], strict=True)]
+    text = f"x   {amount / medians['ours']:,.0f} {unit} against {amount / medians[rival]:,.0f}"
+    text += f" ({rival}); {min(ratios):.2f} to {max(ratios):.2f}   bar {bar}"
+    measure(name, statistics.median(ratios), text)
+
+
+def speed(name: str, folder: Path) -> None:
+    config, _, new, rounds = MODELS[name]
+    ours = chapter.load_released(folder).eval()
+    theirs = {kind: open_theirs(folder, kind) for kind in EXPERTS}
+    tokens = prompts_of(config, 1, 32)
+    with torch.no_grad():
+        got, want = ours(tokens).float(), theirs["eager"](tokens).logits.float()
+        spread = want.std()
+    tol = 1e-4 if ours.lm_head.weight.dtype == torch.float32 else 0.1  # bf16: 2^-9 a rounding
+    base.check(f"{name}: logits = transformers'", got / spread, want / spread, tol)
+    for batch in 1, 8:
+        tasks = decoders(ours, theirs, prompts_of(config, batch, PROMPT), new)
+        times = race(tasks, rounds)
+        report(f"decode_ratio_{name}_batch_{batch}", times, "tokens/s", batch * new, "3")
+    tokens = prompts_of(config, 1, PREFILL)
+    tasks = {"ours": lambda: ours(tokens)}
+    tasks |= {kind: (lambda model=model: model(tokens)) for kind, model in theirs.items()}
+    report(f"prefill_ratio_{name}", race(tasks, rounds), "tokens/s", PREFILL, "1")
+
+
+def peak(name: str, folder: Path, who: str) -> int:
+    """MB that a fresh process takes to load the folder and write 8 rows."""
+    command = [sys.executable, __file__, "--peak", name, str(folder), who]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def measure_peak(name: str, folder: Path, who: str) -> None:
+    import resource
+
+    config, _, new, _ = MODELS[name]
+    prompts = prompts_of(config, 8, PROMPT)
+    if who == "ours":
+        tasks = decoders(chapter.load_released(folder).eval(), {}, prompts, new)
+    else:
+        tasks = decoders(None, {who: open_theirs(folder, who)}, prompts, new)
+    with torch.no_grad():
+        tasks[who]()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cli.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    cli.add_argument("--peak", nargs=3, metavar=("MODEL", "FOLDER", "WHO"), help=argparse.SUPPRESS)
+    args = cli.parse_args()
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        print("skipped: transformers is not installed")
+        return
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if args.peak:
+        name, folder, who = args.peak
+        return measure_peak(name, Path(folder), who)
+    for name in args.models:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / name
+            write_model(name, folder)
+            megabytes = {who: peak(name, folder, who) for who in ("ours", *EXPERTS)}
+            rival = min(EXPERTS, key=megabytes.get)
+            text = f"x   {megabytes['ours']:,} MB against {megabytes[rival]:,} ({rival})   bar 1"
+            measure(f"peak_memory_{name}", megabytes["ours"] / megabytes[rival], text)
+            speed(name, folder)
+
+
+if __name__ == "__main__":
+    main()
