@@ -926,10 +926,16 @@ def test_decode_kernels_in_the_interpreter(case):
 TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
 
 
+SHIPPED = [
+    pytest.param(capability, rows, page, marks=[pytest.mark.slow] * (page == 0 or rows in (32, 64)))
+    for capability in TENSOR_CORE
+    for rows in (16, 32, 64, 128)
+    for page in (0, 64)
+]
+
+
 @TRITON
-@pytest.mark.parametrize("page", [0, 64])
-@pytest.mark.parametrize("rows", [16, 32, 64, 128])
-@pytest.mark.parametrize("capability", TENSOR_CORE)
+@pytest.mark.parametrize("capability, rows, page", SHIPPED)
 def test_decode_compiles_without_a_spill(capability, rows, page):
     got = compile_decode(mla, capability, rows, page=page)
     assert got.spilled == 0

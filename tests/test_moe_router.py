@@ -747,9 +747,15 @@ KINDS = [("rows", False, False), ("rows", True, False), ("rows", False, True)]
 KINDS += [("weights", False, False), ("weights", False, True)]
 
 
+SHIPPED = [
+    pytest.param(capability, *kind, marks=[pytest.mark.slow] * (capability in (86, 100, 120)))
+    for capability in TENSOR_CORE
+    for kind in KINDS
+]
+
+
 @TRITON
-@pytest.mark.parametrize("which, turned, gather", KINDS)
-@pytest.mark.parametrize("capability", TENSOR_CORE)
+@pytest.mark.parametrize("capability, which, turned, gather", SHIPPED)
 def test_grouped_compiles_without_a_spill(capability, which, turned, gather):
     for config in moe.grouped_configs(which, 2, divmod(capability, 10)):
         got = compile_grouped(moe, capability, which, config, turned=turned, gather=gather)
