@@ -801,7 +801,7 @@ def test_the_lesson(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     checks, measures = receipt(done.stdout.splitlines())
-    assert len(checks) >= 10 and all(check["ok"] for check in checks) and len(measures) >= 6
+    assert len(checks) >= 9 and all(check["ok"] for check in checks) and len(measures) >= 6
     assert [path.name for path in tmp_path.iterdir()] == ["08_checkpoints.png"]
 
 
