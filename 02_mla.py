@@ -225,6 +225,7 @@ class LatentCache:
     def select(self, rows: Tensor) -> None:
         """Go on with these rows, (B',) indices that may repeat, or a mask (B,)."""
         self.entries, self.lengths = self.entries[rows], self.lengths[rows]
+        self.used = max(self.lengths.tolist(), default=0)
 
 
 class PagedLatentCache(LatentCache):
@@ -251,7 +252,8 @@ class PagedLatentCache(LatentCache):
         self.sizes = [0] * batch  # `lengths`, without asking the GPU
 
     def place(self, rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        spans = [range(n // 64, -(-(n + slots.shape[1]) // 64)) for n in self.sizes]
+        T = slots.shape[1]
+        spans = [range(n // 64, -(-(n + T) // 64)) if T else range(0) for n in self.sizes]
         pairs = list(zip(self.held, spans, strict=True))
         written = [held[i] for held, span in pairs for i in span if i < len(held)]
         fresh = sum(len(span) for span in spans) - len(written)
@@ -269,7 +271,7 @@ class PagedLatentCache(LatentCache):
                     self.entries[page] = self.entries[held[i]]
                     self.holders[held[i]] -= 1
                 held[i : i + 1] = [page]
-        self.sizes = [n + slots.shape[1] for n in self.sizes]
+        self.sizes = [n + T for n in self.sizes]
         if fresh + copies:
             self.tabulate()
         return self.pages[rows, slots // 64], slots % 64
@@ -292,7 +294,7 @@ class PagedLatentCache(LatentCache):
             self.holders[page] += 1
         self.release(sum(before, []))
         self.sizes, self.lengths = [self.sizes[row] for row in chosen], self.lengths[rows]
-        self.pages = self.pages[rows]
+        self.pages, self.used = self.pages[rows], max(self.sizes, default=0)
 
     def release(self, pages: list[int]) -> None:
         for page in pages:
@@ -476,8 +478,8 @@ def mla_decode(
 
     On a GPU by kernels (FlashDecoding: chunks of slots, then their sum; the same bits at every
     run) where no mask and no gradient is asked for; else by their PyTorch twin, whose bf16 entries
-    make bf16 scores. Under autocast its products run in that dtype: a cache of another is cast at
-    every step.
+    make bf16 scores. Under autocast the twin's products and its result take that dtype, and a cache
+    of another is cast at every step; the kernels keep to the cache's.
     """
     (B, H, T, width), size = q.shape, entries.shape[1]
     S = size if pages is None else pages.shape[1] * size

@@ -432,11 +432,10 @@ def grouped_product(which: str, operands: tuple, out_dtype, ends: Tensor, turned
     launches = grouped_launches(which, operands, out_dtype, ends, turned)
     x, other, source = operands
     size = (len(x) if source is None else len(source)).bit_length()
-    key = which, turned, x.device, x.dtype, size, x.shape[1:], other.shape[1:], source is None
-    best = fastest_of()
-    if key not in best and len(launches) > 1 and x.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            return launches[0]()
+    shapes = size, x.shape[1:], other.shape[1:]
+    key = which, turned, len(launches), x.device, x.dtype, shapes, source is None
+    best, may_time = fastest_of(), x.is_cuda and not torch.cuda.is_current_stream_capturing()
+    if key not in best and len(launches) > 1 and may_time:
         want = launches[0]()
         ms = [milliseconds(launch, want) for launch in launches]
         best[key] = ms.index(min(ms))
@@ -512,7 +511,8 @@ def grouped_gemm(x: Tensor, weight: Tensor, sizes: Tensor, routes=(None, None)) 
     """Each expert's rows times its own matrix, transposed: y = x W_eᵀ, in the dtype of x.
 
     x: (M, A) rows sorted by expert, weight: (E, B, A), sizes: (E,) int rows of each -> (M, B).
-    routes: token_of_row (M,), rows_of_token (N, K), and x is (N, A): row r is x[token_of_row[r]].
+    routes: token_of_row (M,), rows_of_token (N, K), and x is (N, A): row r is x[token_of_row[r]];
+    one without the other raises ValueError.
     Under autocast it takes autocast's dtype, as nn.Linear does. Shapes that do not fit raise
     ValueError. On a GPU by kernels that add in one order, the same bits at every run; that sizes
     sum to M is checked elsewhere: a GPU would have to be waited for.
@@ -523,9 +523,11 @@ def grouped_gemm(x: Tensor, weight: Tensor, sizes: Tensor, routes=(None, None)) 
         None if has_kernels(x) else sizes.tolist(),
         len(x if routes[0] is None else routes[0]),
     )
+    if (routes[0] is None) != (routes[1] is None):
+        raise ValueError("want routes (token_of_row, rows_of_token), got one without the other")
     fits = x.dim() == 2 and weight.dim() == 3 and x.shape[-1] == weight.shape[-1]
     fits = fits and sizes.shape == weight.shape[:1]
-    if not fits or counts is not None and (sum(counts) != M or min(counts) < 0):
+    if not fits or counts is not None and (sum(counts) != M or min(counts, default=0) < 0):
         got = f"{tuple(x.shape)}, {tuple(weight.shape)}, {tuple(sizes.shape)}"
         got += "" if counts is None else f" summing to {sum(counts)}"
         raise ValueError(f"want (M, A), (E, B, A), (E,) summing to M; got {got}")

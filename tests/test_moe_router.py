@@ -632,6 +632,13 @@ def test_grouped_gemm_refuses(x, weight, sizes, message):
         moe.grouped_gemm(torch.randn(x), torch.randn(weight), torch.tensor(sizes))
 
 
+def test_grouped_gemm_wants_both_routes_and_takes_no_experts():
+    x, weight, sizes = torch.randn(5, 3), torch.randn(2, 4, 3), torch.tensor([2, 3])
+    with pytest.raises(ValueError, match="one without the other"):
+        moe.grouped_gemm(x, weight, sizes, (torch.arange(5), None))
+    assert moe.grouped_gemm(x[:0], weight[:0], sizes[:0]).shape == (0, 4)
+
+
 def test_update_bias_refuses():
     with pytest.raises(ValueError, match=r"16 experts.*\(15,\)"):
         moe.Router(20, 16, 4).update_bias(torch.ones(15), 0.1)
