@@ -25,7 +25,8 @@ stricter: the weights of one must fit into the other, to the last name.
     embed_tokens.weight, shared_head.head.weight L = 61         the main model's, once more
 
 What reads a folder of `save_released`: transformers (AutoModelForCausalLM, AutoTokenizer, pipeline;
-tested). vLLM and SGLang go by the same config.json and names: architectures DeepseekV3ForCausalLM,
+tested; FP8 in whole blocks only: 5.24 refuses V3's own 576 rows, and of 192 it makes two blocks of
+96 without a word). vLLM and SGLang go by the same config.json and names: architectures DeepseekV3ForCausalLM,
 num_nextn_predict_layers with its layer behind the last, quantization_config for FP8. Their fast MLA
 kernels are built for a latent of 512 + 64 channels; other sizes are left to their Triton backends.
 Neither was run here.
@@ -126,7 +127,10 @@ def released_layout(c: "base.DeepSeekConfig") -> dict[str, tuple[tuple, torch.dt
 
 
 class Stored(nn.Module):
-    """E4M3 codes (..., N, K) and the scale of each 128×128 block, as a released file has them."""
+    """E4M3 codes (..., N, K) and the scale of each 128×128 block, as a released file has them.
+
+    For inference: no gradient gets past them, and a forward that wants one raises RuntimeError.
+    """
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -147,11 +151,17 @@ class Stored(nn.Module):
         return fp8.dequantize(self.weight[expert], self.weight_scale_inv[expert])
 
 
+def without_gradient(x: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError("kept FP8 weights give no gradient: load them with keep_fp8=False")
+    return x
+
+
 class StoredLinear(Stored):
     """x (..., K) by tiles in FP8 times the codes: (..., N) in x's dtype or autocast's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = base.narrow(x)
+        x = base.narrow(without_gradient(x))
         x_codes = fp8.quantize_tiles(x.flatten(0, -2))
         y = fp8.fp8_gemm(*x_codes, self.weight, self.weight_scale_inv, x.dtype)
         return y.view(*x.shape[:-1], -1)
@@ -169,17 +179,14 @@ class StoredExperts(moe.Experts):
 
 def stored_product(x: Tensor, stack: Stored, sizes: Tensor) -> Tensor:
     """03's grouped_gemm with weights that are FP8 already."""
-    codes, scales = fp8.quantize_tiles(x)
+    codes, scales = fp8.quantize_tiles(without_gradient(x))
     w, w_scales = stack.weight, stack.weight_scale_inv
     if fp8.has_kernels(x):
         ends = sizes.cumsum(0).to(torch.int32)
         return fp8.tuned_gemm(codes, scales, w, w_scales, x.dtype, ends)
-    y = x.new_empty(len(x), w.shape[1])
-    parts = (t.split(sizes.tolist()) for t in (codes, scales, y))
-    for expert, (rows, row_scales, out) in enumerate(zip(*parts, strict=True)):
-        if len(rows):
-            out.copy_(fp8.fp8_gemm(rows, row_scales, w[expert], w_scales[expert], x.dtype))
-    return y
+    parts = zip(*(t.split(sizes.tolist()) for t in (codes, scales)), w, w_scales, strict=True)
+    products = (fp8.fp8_gemm(*part, x.dtype) for part in parts if len(part[0]))
+    return torch.cat([x.new_empty(0, w.shape[1]), *products])
 
 
 class Shards:
@@ -203,9 +210,11 @@ class Shards:
                     self.shape[name] = tuple(part.get_shape())
         index = folder / "model.safetensors.index.json"
         if index.exists() and not (folder / "model.safetensors").exists():
-            for name, file in json.loads(index.read_text())["weight_map"].items():
+            places = json.loads(index.read_text())["weight_map"]
+            for name in places.keys() | self.file.keys():
+                file = places.get(name)
                 if name not in self.file or self.file[name].name != file:
-                    raise ValueError(f"{index}: {name} is not in {file}")
+                    raise ValueError(f"{index}: {name} is not in {file or 'it, but in a file'}")
 
     def opened(self, path: Path):
         try:
@@ -278,9 +287,11 @@ def load_released(
     """V3, R1, V3.1, V2, V2-Lite, Moonlight, or what `save_released` wrote, as chapter 06's model.
 
     One file, or shards; a weight and its scale may be in different ones. Names, shapes and types
-    are compared before a weight is read, and then there is one tensor in memory beside the model.
-    dtype: of the weights; None: the file's, bf16 for FP8. keep_fp8: linear layers and experts keep
-    their codes and multiply in FP8, a byte a weight. with_mtp: see `DeepSeek.from_pretrained`.
+    are compared before a weight is read, and then there is one tensor in memory beside the model
+    (and FP8's scales: 0.17 GB of V3's 641). dtype: of the weights; None: the file's, bf16 for FP8.
+    keep_fp8: linear layers and experts, all but kv_b_proj, keep their codes and multiply in FP8: a
+    byte a weight, for inference; a few tokens on a CPU meet an expert's decoded weights unrounded.
+    with_mtp: see `DeepSeek.from_pretrained`.
     ValueError: what does not fit, by name; a scale of another shape; a NaN or an infinity.
     """
     folder = Path(folder)
@@ -325,7 +336,7 @@ def load_released(
         ours = "model.embed_tokens" if name.endswith(base.SHARED[0]) else "lm_head"
         if not torch.equal(tensor.to(device, dtype), target[f"{ours}.weight"]):
             raise ValueError(f"{folder}: {name} is not {ours}.weight, which MTP shares here")
-    return model
+    return model.requires_grad_(not (keep_fp8 and coded))
 
 
 def check_types(folder: Path, shards: Shards, names: set, coded: set, scales: set) -> None:
@@ -364,6 +375,7 @@ def check_finite(folder: Path, name: str, tensor: Tensor) -> None:
 def plan_files(model: "base.DeepSeek", in_fp8: bool) -> list[tuple[str, Tensor, bool]]:
     """(name, tensor, to be quantised) of all that a released folder holds, MTP's copies too."""
     tensors = base.released_tensors(model)
+    in_fp8 = in_fp8 or CODES in {t.dtype for t in tensors.values()}  # config.json knows no mixture
     for depth in range(len(model.mtp)):
         prefix = f"model.layers.{model.config.num_hidden_layers + depth}."
         shared = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
@@ -381,19 +393,37 @@ def save_released(
     """Write config.json, model*.safetensors and the tokenizer as the released folders are.
 
     in_fp8: projections of attention, FFN and experts as E4M3 codes with scales by 128×128 (V3's
-    own form); kv_b_proj and Stored weights too. Above shard_bytes (of weights) there are several
-    files and an index. folder must be new or empty, and appears when it is whole. ValueError else.
+    own form), which kept FP8 always is. Above shard_bytes (of weights) there are several files and
+    an index. folder must be new or empty, and appears when it is whole. ValueError: it is not, a
+    weight in float64, a bos_token_id or eos_token_id that is no special token of encoding.
     """
-    folder = Path(folder)
+    folder, ids = Path(folder), (model.config.bos_token_id, model.config.eos_token_id)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty: want a new folder, nothing is overwritten")
     if shard_bytes < 1:
         raise ValueError(f"want shard_bytes of 1 or more, got {shard_bytes}")
-    fresh = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    for name, tensor, _ in (planned := plan_files(model, in_fp8)):
+        if tensor.dtype == torch.float64:
+            raise ValueError(f"{name} is float64, which no reader takes: model.float() first")
+    if encoding is not None:
+        special_ids(encoding, *ids)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    fresh.mkdir()
+    try:
+        write_weights(model, planned, fresh, shard_bytes)
+        if encoding is not None:
+            save_tokenizer(encoding, fresh, *ids, chat_template)
+        os.replace(fresh, folder)
+    except BaseException:
+        shutil.rmtree(fresh)
+        raise
+
+
+def write_weights(model: "base.DeepSeek", planned: list, folder: Path, shard_bytes: int) -> None:
+    """What `plan_files` lists, its index and config.json."""
     shards, room, total = [], 0, 0
-    for name, tensor, quantize in plan_files(model, in_fp8):
+    for name, tensor, quantize in planned:
         size = tensor.numel() * (1 if quantize else tensor.element_size())
         if not shards or size > room:
             shards.append([])
@@ -413,19 +443,15 @@ def save_released(
                 tensors[name] = tensor.cpu().contiguous()
             places |= dict.fromkeys(tensors, file)
         copies = {name: t.clone() for name, t in tensors.items() if name.endswith(base.SHARED)}
-        save_file(tensors | copies, fresh / file, {"format": "pt"})
+        save_file(tensors | copies, folder / file, {"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        (fresh / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
     config = {**model.config.to_dict(), "torch_dtype": dtype}
     if any(name.endswith("_scale_inv") for name in places):
         config["quantization_config"] = BLOCKS
-    (fresh / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    if encoding is not None:
-        ids = model.config.bos_token_id, model.config.eos_token_id
-        save_tokenizer(encoding, fresh, *ids, chat_template)
-    os.replace(fresh, folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 # %% 4. Tokenizers ---------------------------------------------------------------------------
@@ -468,7 +494,9 @@ V3_CUT = "|".join((
 
 def with_gaps(pattern: str) -> str:
     """`pattern`, and what lies between its matches: tiktoken would drop that."""
-    return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+    gap = lambda p: rf"|(?:(?!{p})[\s\S])+"
+    half = pattern[: (len(pattern) - len(gap(""))) // 2]
+    return pattern if pattern == half + gap(half) else pattern + gap(pattern)
 
 
 def parts_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
@@ -515,8 +543,19 @@ def _read_ranks(path: Path) -> tiktoken.Encoding:
     reserved = range(len(ranks), len(ranks) + 256)
     special = {named.get(i, f"<|reserved_token_{i}|>"): i for i in reserved}
     special |= {content: number for number, content in named.items()}
+    return _encoding(path, KIMI, ranks, special)
+
+
+def _encoding(path: Path, pattern: str, ranks: dict, special: dict) -> tiktoken.Encoding:
+    """ValueError where tiktoken would panic, at once or at some text."""
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(f"{path}: of the 256 bytes {len(missing)} are no tokens, as {missing[0]}")
+    ids = [*ranks.values(), *special.values()]
+    if len(set(ids)) < len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise ValueError(f"{path}: id {twice} stands for two tokens")
     name = path.parent.name
-    return tiktoken.Encoding(name, pat_str=KIMI, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def _cuts_of(raw: dict) -> str:
@@ -566,8 +605,16 @@ def _read_merges(path: Path) -> tiktoken.Encoding:
         if len(token) > 1 and merged.get(token) != tuple(parts_of(token, ranks)):
             if not (model.get("ignore_merges") and token not in merged):
                 raise ValueError(f"{path}: token {token!r} is not merged as ranks would merge it")
-    name = path.parent.name
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return _encoding(path, pattern, ranks, special)
+
+
+def special_ids(encoding: tiktoken.Encoding, *wanted: int | None) -> dict[int, str]:
+    """id -> name of the special tokens. ValueError: one of `wanted` is not among them."""
+    names = {encoding.encode_single_token(n): n for n in encoding.special_tokens_set}
+    for number in wanted:
+        if number is not None and number not in names:
+            raise ValueError(f"token {number} is not a special one of {sorted(names)[:5]} …")
+    return names
 
 
 def save_tokenizer(
@@ -580,11 +627,7 @@ def save_tokenizer(
     is no special token.
     """
     folder = Path(folder)
-    special = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
-    names = {number: name for name, number in special.items()}
-    for number in (bos_token_id, eos_token_id):
-        if number is not None and number not in names:
-            raise ValueError(f"token {number} is not a special one of {sorted(names)[:5]} …")
+    names = special_ids(encoding, bos_token_id, eos_token_id)
     tokens = encoding.token_byte_values()
     ranks = {token: encoding.encode_single_token(token) for token in tokens}
     spell = lambda token: "".join(LETTERS[byte] for byte in token)
@@ -649,16 +692,25 @@ R1_TEMPLATE = """{{ bos_token }}
 
 
 def render(template: str, messages: list[dict], bos_token="", eos_token="") -> str:
-    """The text that a chat template (Jinja, in a sandbox) makes of [{"role", "content"}, …]."""
-    from jinja2 import TemplateError
+    """The text that a chat template (Jinja, in a sandbox) makes of [{"role", "content"}, …].
+
+    ValueError: it can't be parsed, or fails, or refuses (`raise_exception`) these messages.
+    """
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    def refuse(message: str):
+        raise ValueError(message)
+
     try:
-        compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        extensions = ["jinja2.ext.loopcontrols"]
+        compiled = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=extensions
+        )
+        compiled.globals["raise_exception"] = refuse
         tokens = {"bos_token": bos_token, "eos_token": eos_token}
         asked = {"messages": messages, "add_generation_prompt": True, **tokens}
         return compiled.from_string(template).render(asked)
-    except TemplateError as error:
+    except Exception as error:  # a template is a program: it may fail in any way
         raise ValueError(f"the chat template can't be rendered: {error}") from None
 
 
@@ -666,9 +718,15 @@ def read_template(folder: Path) -> str | None:
     """chat_template.jinja, or the entry of tokenizer_config.json; None: a model without turns."""
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text("utf-8")
-    config = folder / "tokenizer_config.json"
-    found = json.loads(config.read_text("utf-8")) if config.exists() else {}
-    return found.get("chat_template")
+    path = folder / "tokenizer_config.json"
+    try:
+        found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        found = found.get("chat_template")
+        if isinstance(found, list):  # several by name
+            found = {one["name"]: one["template"] for one in found}["default"]
+        return found
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error!r}") from None
 
 
 class Talk:
@@ -677,8 +735,7 @@ class Talk:
     def __init__(self, model, encoding: tiktoken.Encoding, template: str | None = None):
         self.model, self.encoding, self.template = model, encoding, template
         self.messages: list[dict] = []
-        names = {encoding.encode_single_token(n): n for n in encoding.special_tokens_set}
-        c = model.config
+        names, c = special_ids(encoding), model.config
         self.marks = [names.get(i, "") for i in (c.bos_token_id, c.eos_token_id)]
 
     def prompt(self, room: int) -> list[int]:
@@ -687,7 +744,9 @@ class Talk:
         if self.template is None:
             tokens = self.encoding.encode_ordinary(self.messages[-1]["content"])
             begin = self.encoding.encode(self.marks[0], allowed_special="all")
-            return begin + tokens[-(room - len(begin)) :]
+            if room <= len(begin):
+                raise ValueError(f"there is room for {room} tokens, and none for a message")
+            return begin + tokens[len(begin) - room :]
         kept = list(self.messages)
         while True:
             text = render(self.template, kept, *self.marks)
@@ -710,12 +769,18 @@ class Talk:
         end, pieces, count = self.model.config.eos_token_id, [], 0
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
+        def say(spelled: bytes, final: bool = False) -> None:
+            pieces.append(decoder.decode(spelled, final))
+            hear(pieces[-1])
+
         def listen(_: int, token: int) -> None:
             nonlocal count
             count += 1
             if token != end:
-                pieces.append(decoder.decode(self.encoding.decode_single_token_bytes(token)))
-                hear(pieces[-1])
+                try:
+                    say(self.encoding.decode_single_token_bytes(token))
+                except KeyError:  # a row that fills the embedding up to a round number
+                    say("\ufffd".encode())
 
         try:
             prompt = self.prompt(limit - max_new_tokens)
@@ -724,9 +789,10 @@ class Talk:
                 [prompt], max_new_tokens, eos_token_id=end, speculative=speculative, listen=listen,
                 **drawing,
             )  # fmt: skip
-        except ValueError:
+        except BaseException:
             self.messages.pop()  # it was not said
             raise
+        say(b"", final=True)  # what is left of a character that never ended
         seconds = time.perf_counter() - begin
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
         return {"tokens": count, "seconds": seconds, "prompt": len(prompt)}
@@ -755,6 +821,9 @@ def chat(
             said = talk.answer(line.strip("\n"), hear, max_new_tokens, drafts, **drawing)
         except ValueError as error:
             print(f"[{error}]")
+            continue
+        except KeyboardInterrupt:
+            print("\n[interrupted: forgotten]")
             continue
         speed = said["tokens"] / said["seconds"]
         how = ", MTP drafts" if drafts else ""
@@ -815,7 +884,7 @@ def verify_round_trips(folder: Path) -> None:
         text = "%   activations by tiles too: the products are FP8's"
         measure("logits_off_by_fp8_products", 100 * off(kept), text)
         apart = (kept(tokens) - wide(tokens)).std() / want.std()
-        check("FP8 kept = FP8 read as bf16, but for tiles", apart, torch.zeros(()), 0.3)
+        check("FP8 kept = FP8 decoded, but for tiles", apart, torch.zeros(()), 0.3)
         save_released(kept, folder / "again", in_fp8=True, shard_bytes=200_000)
     first, second = (dict(t.read(t.file)) for t in map(Shards, (folder / "fp8", folder / "again")))
     # kv_b_proj alone was decoded; its codes come back, its scale is 448·s/448, rounded twice

@@ -188,17 +188,33 @@ def test_fp8_kept_is_the_products_of_chapter_04(tmp_path):
     got = chapter.stored_product(x.flatten(0, 1), layer.mlp.experts.gate_up_proj, sizes)
     want = chapter.moe.grouped_gemm(rounded.flatten(0, 1), experts.gate_up_proj, sizes)
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+    empty = chapter.stored_product(x[:0, 0], layer.mlp.experts.gate_up_proj, 0 * sizes)
+    assert empty.shape == (0, 256)
     moved = kept.to(torch.bfloat16)  # codes stay codes, scales fp32
     assert moved.model.layers[1].self_attn.q_a_proj.weight.dtype == CODES
     assert moved.model.layers[1].mlp.experts.down_proj.weight_scale_inv.dtype == torch.float32
     with torch.no_grad():  # one token, too few for all experts: another way through them
         assert kept(TOKENS[:1, :1]).isfinite().all()
         chapter.save_released(kept, tmp_path / "again")
-    stored = chapter.Shards(tmp_path / "again")
-    assert stored.kind["model.layers.1.mlp.experts.0.gate_proj.weight"] == "F8_E4M3"
+    coded = [
+        {name for name, kind in chapter.Shards(tmp_path / folder).kind.items() if kind == "F8_E4M3"}
+        for folder in ("again", "fp8")
+    ]
+    assert coded[0] == coded[1]  # kv_b_proj too, which the model had decoded
 
 
-def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_fp8_kept_gives_no_gradient_and_says_so(tmp_path):
+    chapter.save_released(model_of(), tmp_path / "fp8", in_fp8=True)
+    kept = chapter.load_released(tmp_path / "fp8", dtype=torch.float32, keep_fp8=True)
+    assert kept(TOKENS).isfinite().all()  # gradients enabled, none asked for
+    kept.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="keep_fp8=False"):
+        kept(TOKENS)
+    wide = chapter.load_released(tmp_path / "fp8", dtype=torch.float32)
+    wide(TOKENS).sum().backward()  # decoded, they train
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path, encoding, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
@@ -207,10 +223,17 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [p.name for p in out.iterdir()] == ["notes.txt"]
     with pytest.raises(ValueError, match="shard_bytes"):
         chapter.save_released(model_of(), tmp_path / "zero", shard_bytes=0)
+    with pytest.raises(ValueError, match="float64"):
+        chapter.save_released(model_of(dtype=torch.float64), tmp_path / "wide")
+    (tmp_path / "new.tmp").mkdir()
+    (tmp_path / "new.tmp" / "notes.txt").write_text("mine")
     monkeypatch.setattr(chapter, "save_file", lambda *_: (_ for _ in ()).throw(OSError("disk")))
     with pytest.raises(OSError, match="disk"):
         chapter.save_released(model_of(), tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="token 598 is not a special one"):  # before any weight
+        chapter.save_released(model_of(), tmp_path / "new", encoding)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new.tmp", "out"]
+    assert (tmp_path / "new.tmp" / "notes.txt").read_text() == "mine"
 
 
 # transformers -------------------------------------------------------------------------------
@@ -295,6 +318,25 @@ def test_what_we_write_opens_in_transformers(config, shard_bytes, encoding, tmp_
     want = model.generate([[590, *ids]], 8, eos_token_id=590)[0]
     want = [token for token in want if token != 590]
     assert got[0]["generated_text"] == tokenizer.decode(want)
+
+
+def test_an_fp8_folder_opens_in_transformers(tmp_path):
+    """In whole blocks: of 576 rows their decoder (5.24) says that 5 scales do not divide them, and
+    192 it decodes by blocks of 96, in silence."""
+    whole = {"hidden_size": 256, "intermediate_size": 384, "q_lora_rank": 128, "kv_lora_rank": 96}
+    heads = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
+    model = model_of(replace(TINY, **whole, **heads))
+    chapter.save_released(model, tmp_path / "fp8", in_fp8=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "fp8",
+        dtype=torch.float32,
+        quantization_config=transformers.FineGrainedFP8Config(dequantize=True),
+    )
+    ours = chapter.load_released(tmp_path / "fp8", dtype=torch.float32)
+    with torch.no_grad():
+        want = theirs(TOKENS).logits
+        assert (ours(TOKENS) - want).abs().max() < 1e-4 * want.abs().max()
+        assert (model(TOKENS) - want).abs().max() > 1e-2 * want.abs().max()  # FP8 it was
 
 
 # Bad files ----------------------------------------------------------------------------------
@@ -444,6 +486,11 @@ def test_shards_that_do_not_fit_their_index(tmp_path):
     others = sorted(set(raw["weight_map"].values()) - {first})
     index.write_text(json.dumps({"weight_map": raw["weight_map"] | {name: others[0]}}))
     with pytest.raises(ValueError, match=f"{name} is not in {others[0]}"):
+        chapter.load_released(tmp_path / "out")
+    fewer = raw["weight_map"].copy()
+    del fewer["model.norm.weight"]
+    index.write_text(json.dumps({"weight_map": fewer}))
+    with pytest.raises(ValueError, match="model.norm.weight is not in it, but in a file"):
         chapter.load_released(tmp_path / "out")
     index.write_text(json.dumps({"weight_map": {name: "../kept.safetensors"}}))
     with pytest.raises(ValueError, match="outside"):
@@ -601,6 +648,9 @@ def test_what_we_write_gives_the_same_ids_there(cuts, tmp_path):
     compare()
     for text in SAMPLES:
         assert auto(text).input_ids == [bos, *ours.encode_ordinary(text)]
+    again = chapter.load_tokenizer(tmp_path / "out")
+    assert again._pat_str == ours._pat_str  # what lies between matches is not added again
+    assert again.encode_ordinary(SAMPLES[0]) == ours.encode_ordinary(SAMPLES[0])
 
 
 def tiktoken_folder(folder, ranks, added=None):
@@ -667,6 +717,8 @@ NOT_OURS = {
     "strip": (lambda raw: raw["added_tokens"][0].update(lstrip=True), "neighbours' spaces"),
     "order": (swap_ids, "ids do not follow the merges"),
     "merge": (another_merge, "not merged as ranks would|ids do not follow|can't be read"),
+    "no_byte": (lambda raw: raw["model"]["vocab"].pop("~"), "1 are no tokens, as 126"),
+    "twice": (lambda raw: raw["model"]["vocab"].update({"~": 1}), "stands for two tokens"),
     "not_json": (None, "can't be read"),
 }
 
@@ -742,6 +794,31 @@ def test_a_template_is_rendered_in_a_sandbox():
         chapter.render("{{ messages.__class__.__mro__[1].__subclasses__() }}", [])
     with pytest.raises(ValueError, match="can't be rendered"):
         chapter.render("{% for %}", [])
+    for fails in "{{ 1 // 0 }}", "{{ 'a' + 1 }}", "{{ messages.0.x.y }}":
+        with pytest.raises(ValueError, match="can't be rendered"):
+            chapter.render(fails, [])
+    with pytest.raises(ValueError, match="roles must take turns"):
+        chapter.render("{{ raise_exception('roles must take turns') }}", [])
+    assert chapter.render("{% for i in [1, 2] %}{{ i }}{% break %}{% endfor %}", []) == "1"
+
+
+def test_a_template_is_found_or_refused(tmp_path):
+    config = tmp_path / "tokenizer_config.json"
+    assert chapter.read_template(tmp_path) is None
+    several = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
+    for content, want in (
+        ({}, None),
+        ({"chat_template": "A"}, "A"),
+        ({"chat_template": several}, "D"),
+    ):
+        config.write_text(json.dumps(content))
+        assert chapter.read_template(tmp_path) == want
+    for content in [], {"chat_template": several[:1]}, {"chat_template": ["x"]}:
+        config.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="tokenizer_config.json"):
+            chapter.read_template(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("J")
+    assert chapter.read_template(tmp_path) == "J"
 
 
 @pytest.fixture(scope="module")
@@ -794,6 +871,36 @@ def test_what_is_too_long_is_said_and_forgotten(spoken, capsys):
     assert "[88 + " in capsys.readouterr().out
     chapter.chat(model, encoding, ["x"], None, None, 96)
     assert "want max_new_tokens of 1 to 95, got 96" in capsys.readouterr().out
+    chapter.chat(model, encoding, ["x"], None, None, 95)
+    assert "there is room for 1 tokens, and none for a message" in capsys.readouterr().out
+
+
+def test_tokens_that_are_half_a_character_or_none_at_all(spoken):
+    model, encoding = spoken
+    talk, heard = chapter.Talk(model, encoding), []
+    half = encoding.encode_single_token(b"\xe4")
+
+    class Scripted:
+        config = model.config
+
+        def generate(self, prompts, max_new_tokens, listen, **options):
+            for token in [*encoding.encode_ordinary("ab"), half, 10**6, half]:
+                listen(0, token)
+
+    talk.model = Scripted()
+    talk.answer("x", heard.append, 8, False)
+    assert "".join(heard) == talk.messages[-1]["content"] == "ab\ufffd\ufffd\ufffd"
+
+
+def test_an_answer_can_be_interrupted(spoken, capsys, monkeypatch):
+    model, encoding = spoken
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "generate", interrupted)
+    chapter.chat(model, encoding, ["one", "two"], TURNS, None, 8)
+    assert capsys.readouterr().out.count("[interrupted: forgotten]") == 2
 
 
 def test_the_lesson(tmp_path):
