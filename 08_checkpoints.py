@@ -26,10 +26,10 @@ stricter: the weights of one must fit into the other, to the last name.
 
 What reads a folder of `save_released`: transformers (AutoModelForCausalLM, AutoTokenizer, pipeline;
 tested; FP8 in whole blocks only: 5.24 refuses V3's own 576 rows, and of 192 it makes two blocks of
-96 without a word). vLLM and SGLang go by the same config.json and names: architectures DeepseekV3ForCausalLM,
-num_nextn_predict_layers with its layer behind the last, quantization_config for FP8. Their fast MLA
-kernels are built for a latent of 512 + 64 channels; other sizes are left to their Triton backends.
-Neither was run here.
+96 without a word). vLLM and SGLang go by the same config.json and names: architectures
+DeepseekV3ForCausalLM, num_nextn_predict_layers with its layer behind the last, quantization_config
+for FP8. Their fast MLA kernels are built for a latent of 512 + 64 channels; other sizes are left to
+their Triton backends. Neither was run here.
 
     [1] DeepSeek-V3, arXiv:2412.19437, and its repository's README_WEIGHTS.md
     [2] tensor listings of the released checkpoints    [3] DeepSeek-R1, arXiv:2501.12948

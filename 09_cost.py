@@ -16,12 +16,13 @@ This chapter asks where the hours come from. Everything is counted from a config
                  └─► bytes: weights, gradients, optimizer, activations, cache, what is sent
 
     a weight costs a token      2 FLOPs forward, 4 backward: 6 · active weights in training
-    attention, all layers       2·H·(N+R+V)·t/2 forward, mean of a causal context t; ×3 in training
-    absorbed, decoding          2·H·(2L+R)·t
+    attention, a layer          2·H·(N+R+V)·t/2 forward, mean of a causal context t; ×3 in training
+    absorbed, decoding          2·H·(2L+R)·t, a layer
     hours                       tokens · FLOPs a token / (FLOP/s of a GPU · 3600)
     MFU                         FLOP/s of a GPU that were of use / its bf16 peak
 
-Each number is marked: published (by whom), derived (here, from published ones), or measured (now).
+The main model alone: V3's MTP module took 4 % more FLOPs. Each number is marked: published (by
+whom), derived (here, from published ones), or measured (now).
 
     [1] DeepSeek-V3, 2412.19437, table 1, §3.2, §4.2        [4] Llama 3, 2407.21783, table 4
     [2] DeepSeek-V2, 2405.04434, table 1                    [5] DeepGEMM's and FlashMLA's README
@@ -198,8 +199,11 @@ def nodes_reached(c: Config, nodes: int = 8, limited: bool = True) -> float:
     """Nodes that a token of one layer is sent to, experts spread evenly and chosen at random.
 
     limited: to topk_group groups of experts, a group a node ([1] §2.1.2); else any of all experts.
+    ValueError: nodes of unequal size, or limited and another number of groups than of nodes.
     """
     E, K = c.n_routed_experts, c.num_experts_per_tok
+    if E % nodes or limited and c.n_group != nodes:
+        raise ValueError(f"{E} experts in {c.n_group} groups do not make {nodes} equal nodes")
     among = c.topk_group if limited else nodes
     each = E // nodes
     missed = math.comb(among * each - each, K) / math.comb(among * each, K)
@@ -224,7 +228,7 @@ def training_cost(
 ) -> Cost:  # fmt: skip
     """What `tokens` cost at a share `mfu` of the bf16 peak of a GPU at `price` $ an hour.
 
-    ValueError: an unknown GPU, or an mfu outside of 0 to 1 (FP8 may exceed neither).
+    ValueError: an unknown GPU, an mfu outside of (0, 1], no tokens, a negative price, no context.
     """
     if gpu not in GPUS:
         raise ValueError(f"gpu is one of {', '.join(GPUS)}, not {gpu!r}")
@@ -297,6 +301,10 @@ def verify_hours() -> float:
     whole = rate / GPUS["h800"].bf16 / (1 - share)
     text = f"with attention, {100 * share:.0f} % of the FLOPs at 4k   derived"
     measure("mfu_with_attention", whole, text)
+    head = count_parameters(base.V3)["head"][1]
+    mtp = 6 * (total(count_parameters(base.V3, mtp=True), 1) + head) / sum(flops.values())
+    text = f"and with the MTP module's products, {100 * mtp:.1f} % more   derived"
+    measure("mfu_with_mtp", whole * (1 + mtp), text)
     back = training_cost(base.V3, TOKENS, whole).hours
     exactly("hours from FLOPs and that rate, M", back / 1e6, HOURS["pre-training"] / 1e6, 0.01)
     return rate
@@ -320,15 +328,15 @@ def waterfall() -> list[Step]:
     """From a dense model of the same size to $5.576M, a factor a step.
 
     Backwards from what is published: V3's hours, in FP8, overlapped. Communication took as long as
-    computing [1] §3.2, so without overlap twice the hours. In bf16 the products would take longer
-    by the ratio of rates; attention, which is bf16 anyway, the same: an upper estimate, for what
-    is no product gains nothing.
+    computing [1] §3.2, so without overlap twice the hours. In bf16 computing would take longer by
+    the ratio of the products' rates, attention being bf16 anyway: an upper estimate, for what is no
+    product gains nothing. And what is sent would be 2 + 2 bytes a channel instead of 1 + 2.
     """
     weights = total(count_parameters(base.V3))
     dense = 6 * weights * TOKENS / (DENSE_RATE * 3600)
     flops = flops_per_token(base.V3, 4096)
     at = lambda rate: flops["weights"] / rate + flops["attention"] / ATTENTION_RATE
-    fp8_gain = at(BF16_RATE) / at(EXPERT_RATE)
+    computing, sending = at(BF16_RATE) / at(EXPERT_RATE), (2 + 2) / (1 + 2)  # bf16's over FP8's
     trained = HOURS["pre-training"]
     rest = sum(HOURS.values()) - trained
     start, mixed = (
@@ -341,8 +349,8 @@ def waterfall() -> list[Step]:
     )
     return [
         Step(start, dense, RENT, "derived"),
-        Step(mixed, trained * 2 * fp8_gain, RENT, "derived"),
-        Step("products in FP8", trained * 2, RENT, "derived"),
+        Step(mixed, trained * (computing + sending), RENT, "derived"),
+        Step("products and what is\nsent to experts in FP8", trained * 2, RENT, "derived"),
         Step(hidden, trained, RENT, "published"),
         Step(end, trained + rest, PRICE, "published"),
     ]
@@ -411,7 +419,7 @@ def draw_waterfall(steps: list[Step], out: Path) -> None:
 
 def decode_rates(context: int) -> dict[str, float]:
     """Tokens a second of one H800 that does nothing but attend, at `context`: the cache once from
-    memory a token, or the products of absorbed MLA, whichever takes longer. Derived."""
+    memory a token, or the products at FlashMLA's measured rate, whichever takes longer. Derived."""
     gpu, rates = GPUS["h800"], {}
     for name in "v3", "v2", "v2-lite":
         c = PRESETS[name]
@@ -433,7 +441,7 @@ def decode(out: Path) -> None:
 
     contexts = [2**i for i in range(11, 18)]
     for name, rate in decode_rates(8192).items():
-        text = "tokens/s, attention of one H800 at 8k   derived, an upper bound"
+        text = "tokens/s, attention of one H800 at 8k   derived, nothing else counted"
         measure(f"decode_8k_{name.replace('-', '_').replace('.', '_')}", rate, text)
     cache = {name: kv_bytes_per_token(PRESETS[name]) / 1e3 for name in ("v3", "v2", "v2-lite")}
     cache |= {name: layers * 2 * heads * 128 * 2 / 1e3 for name, (layers, heads, _) in GQA.items()}
@@ -449,7 +457,7 @@ def decode(out: Path) -> None:
     left.set(xlabel="KV cache of a token (KB)", xlim=(0, 1.15 * max(cache.values())))
     right.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="tokens/s of attention")
     right.set_xticks(contexts, [f"{t // 1024}k" for t in contexts])
-    right.legend(title="one H800, upper bound")
+    right.legend(title="one H800, attention alone")
     ratio = cache["llama-3.1-405b"] / cache["v3"]
     title = f"A token of V3 caches 1/{ratio:.1f} of Llama 3.1 405B's"
     figure.suptitle(f"{title}; its 128 heads wait for computing, the others for memory")

@@ -107,6 +107,14 @@ def test_nodes_reached_by_simulation(limited):
     assert abs(chapter.nodes_reached(c, limited=limited) - mean) <= 5 * spread
 
 
+def test_nodes_that_the_experts_do_not_fill():
+    with pytest.raises(ValueError, match="256 experts in 8 groups do not make 7 equal nodes"):
+        chapter.nodes_reached(base.V3, nodes=7, limited=False)
+    with pytest.raises(ValueError, match="do not make 16"):  # a group would be two nodes
+        chapter.dispatch_bytes_per_token(base.V3, nodes=16)
+    assert chapter.nodes_reached(base.V3, nodes=16, limited=False) > 6
+
+
 def test_hours_and_dollars_by_hand():
     cost = chapter.training_cost(base.V3, 1e12, 0.5, "h100", 3.0, 4096)
     flops = sum(chapter.flops_per_token(base.V3, 4096).values())
@@ -122,6 +130,9 @@ def test_the_waterfall_falls_to_the_published_sum():
     assert [s.millions for s in steps] == sorted((s.millions for s in steps), reverse=True)
     assert {step.kind for step in steps} <= {"published", "derived", "measured"}
     assert steps[0].hours == pytest.approx(6 * 671_026_419_200 * 14.8e12 / 400e12 / 3600)
+    assert steps[2].hours == 2 * steps[3].hours == 2 * 2.664e6
+    computing = steps[1].hours / 2.664e6 - 4 / 3  # what is sent is not the products' time
+    assert 1.3 < computing < 1.5
 
 
 def test_memory_by_hand():
