@@ -619,7 +619,7 @@ class Experts(nn.Module):
             x = x.to(torch.get_autocast_dtype(kind))  # before each row is copied K times
         N, K = indices.shape
         if kind == "cpu" and N * K < len(load) and not torch.is_grad_enabled():
-            return self.pair_by_pair(x, indices, weights)
+            return self.of_few(x, indices, weights)
         order = indices.flatten().argsort(stable=True)  # the (token, k) pairs by expert: N·K
         sizes, P, row = load, N * K, torch.arange(N * K, device=x.device)
         # oneDNN compiles a bf16 product for each new number of rows, and these change every step.
@@ -645,14 +645,20 @@ class Experts(nn.Module):
         hidden = F.silu(gate) * up * row_weights[:, None]
         return _Combine.apply(product(hidden, self.down_proj, sizes), *routes)
 
-    def pair_by_pair(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """The same for a few tokens being decoded: most experts have no row, none is asked."""
+    def of_few(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """The same for a few tokens being decoded: an expert that has none is not asked, and one
+        that has several is read from memory once."""
         y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-        for row, out, chosen, w in zip(x.split(1), y, indices.tolist(), weights, strict=True):
-            for k, e in enumerate(chosen):
-                gate, up = (row @ self.gate_up_proj[e].to(x.dtype).T).chunk(2, -1)  # (1, I) each
-                hidden = F.silu(gate) * up * w[k].to(x.dtype)
-                out += (hidden @ self.down_proj[e].to(x.dtype).T)[0]
+        K, w, pairs_of = indices.shape[1], weights.to(x.dtype).view(-1, 1), {}
+        for pair, expert in enumerate(indices.flatten().tolist()):
+            pairs_of.setdefault(expert, []).append(pair)
+        for e, pairs in sorted(pairs_of.items()):
+            rows = [pair // K for pair in pairs]
+            if len(pairs) == 1:  # views, where lists would copy
+                rows, pairs = slice(rows[0], rows[0] + 1), slice(pairs[0], pairs[0] + 1)
+            gate, up = F.linear(x[rows], self.gate_up_proj[e].to(x.dtype)).chunk(2, -1)
+            hidden = F.silu(gate) * up * w[pairs]  # (n, I)
+            y[rows] += F.linear(hidden, self.down_proj[e].to(x.dtype))
         return y.to(x.dtype)
 
 

@@ -653,8 +653,8 @@ def test_a_few_tokens_ask_their_own_experts_alone(tokens, dtype, tol, monkeypatc
     layer = moe.MoE(32, 24, 16, 4).to(dtype)
     x = torch.randn(1, tokens, 32, dtype=dtype)
     want, asked = layer(x).detach(), []
-    few = layer.experts.pair_by_pair
-    monkeypatch.setattr(layer.experts, "pair_by_pair", lambda *a: asked.append(1) or few(*a))
+    few = layer.experts.of_few
+    monkeypatch.setattr(layer.experts, "of_few", lambda *a: asked.append(1) or few(*a))
     with torch.no_grad():
         got = layer(x)
         layer(torch.randn(1, 4, 32, dtype=dtype))  # 16 pairs: as many as experts
