@@ -31,6 +31,7 @@ after five minutes it predicts Python that it has never seen better than `xz -9`
     V     vocab_size                      4096  129280
 
 Run:  python 06_train.py [--quick | --bench | --resume RUN]          5 minutes on two CPU cores
+      torchrun --nproc-per-node 8 06_train.py --preset small         the same run on 8 GPUs (FSDP2)
 """
 
 import argparse
@@ -40,6 +41,7 @@ import gzip
 import hashlib
 import heapq
 import importlib.metadata
+import io
 import itertools
 import json
 import lzma
@@ -64,9 +66,13 @@ import numpy as np
 import regex
 import tiktoken
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -909,8 +915,14 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
 def batches(tokens: np.ndarray, recipe: Recipe, seed: int, skip: int) -> Iterator[Tensor]:
     """(batch_size, context + 1) int64, the same for the same seed; the first `skip` are left out.
 
-    Every epoch cuts the stream at another offset and shuffles the windows.
+    Every epoch cuts the stream at another offset and shuffles the windows. Of several processes
+    each gets its share of the rows.
     """
+    (rank, ranks) = rank_and_size()
+    if recipe.batch_size % ranks:
+        raise ValueError(
+            f"a batch of {recipe.batch_size} rows can't be shared by {ranks} processes"
+        )
     windows = (len(tokens) - 1) // recipe.context - 1
     if windows < recipe.batch_size:
         raise ValueError(
@@ -924,6 +936,7 @@ def batches(tokens: np.ndarray, recipe: Recipe, seed: int, skip: int) -> Iterato
             rng = np.random.default_rng((seed, epoch))
             offset, order = rng.integers(recipe.context), rng.permutation(windows)
         chosen = order[place * recipe.batch_size :][: recipe.batch_size] * recipe.context + offset
+        chosen = chosen[rank::ranks]
         rows = [tokens[start : start + recipe.context + 1].astype(np.int64) for start in chosen]
         yield torch.from_numpy(np.stack(rows))
 
@@ -940,7 +953,7 @@ def training_step(
     model: DeepSeek, optimizer, recipe: Recipe, rows: list[Tensor], scale: float, mtp_weight: float
 ) -> tuple[Tensor, Tensor | float, Tensor | None]:
     """One update from `accumulate` batches (B, T + 1) -> mean loss (nats), mean MTP loss, weighted,
-    loads (layers, E), those of the MTP modules last."""
+    loads (layers, E), those of the MTP modules last: all of them over all processes."""
     device, mixtures = model.lm_head.weight.device, model.mixtures() + model.mtp_mixtures()
     total, drafting, loads = 0.0, 0.0, 0
     for part in rows:
@@ -952,6 +965,8 @@ def training_step(
         total = total + loss.detach() / len(rows)
         drafting = drafting + (further.detach() / len(rows) if model.mtp else 0.0)
         loads = loads + torch.stack([m.load for m in mixtures]) if mixtures else None
+    total, drafting = over_ranks(total, "mean"), over_ranks(drafting, "mean")
+    loads = over_ranks(loads, "sum")
     for group in optimizer.param_groups:
         group["lr"] = recipe.learning_rate * scale
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -1017,18 +1032,22 @@ class Run:
         """checkpoint/ is the model as save_pretrained writes it, its tokenizer, and training/.
 
         Written whole beside the last one, which it then replaces: a kill costs at most the new one.
+        Of several processes the first writes, and all must call.
         """
         fresh, old = self.folder / "checkpoint.tmp", self.folder / "checkpoint.old"
-        shutil.rmtree(fresh, ignore_errors=True)
-        model.save_pretrained(fresh)
-        save_encoding(encoding, fresh / "encoding.json")
-        (fresh / "training").mkdir()
+        plain = gathered(model)
         names = {id(p): name for name, p in model.named_parameters()}
         moments = {
-            f"{names[id(parameter)]}:{key}": value.detach().cpu()
+            f"{names[id(parameter)]}:{key}": whole(value.detach()).cpu()
             for parameter, values in optimizer.state.items()
             for key, value in values.items()
         }
+        if rank_and_size()[0]:
+            return
+        shutil.rmtree(fresh, ignore_errors=True)
+        plain.save_pretrained(fresh)
+        save_encoding(encoding, fresh / "encoding.json")
+        (fresh / "training").mkdir()
         save_whole(fresh / "training/optimizer.safetensors", lambda path: save_file(moments, path))
         (fresh / "training/state.json").write_text(json.dumps(state))
         if self.checkpoint.exists():
@@ -1039,12 +1058,18 @@ class Run:
 
     def restore(self, model: DeepSeek, optimizer) -> dict:
         """Weights and moments into place -> the state that was saved beside them."""
-        if not self.checkpoint.exists() and (self.folder / "checkpoint.old").exists():
-            os.replace(self.folder / "checkpoint.old", self.checkpoint)  # killed between renames
+        with first_rank_first():
+            if not self.checkpoint.exists() and (self.folder / "checkpoint.old").exists():
+                os.replace(
+                    self.folder / "checkpoint.old", self.checkpoint
+                )  # killed between renames
         saved = DeepSeek.from_pretrained(self.checkpoint)
         if saved.config != model.config:
             raise ValueError(f"{self.checkpoint} holds a model of another config")
-        model.load_state_dict(saved.state_dict())
+        weights = saved.state_dict()
+        with torch.no_grad():
+            for name, ours in model.state_dict().items():
+                ours.copy_(part_of(weights[name], ours))
         try:
             moments = load_file(self.checkpoint / "training/optimizer.safetensors")
             state = json.loads((self.checkpoint / "training/state.json").read_text())
@@ -1055,7 +1080,7 @@ class Run:
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{key}" in moments]
             if keys:
                 optimizer.state[parameter] = {
-                    key: moments[f"{name}:{key}"].to(parameter.device) for key in keys
+                    key: part_of(moments[f"{name}:{key}"], parameter) for key in keys
                 }
         return state
 
@@ -1086,23 +1111,27 @@ def train(
     the step, saves, and raises KeyboardInterrupt; resume=True goes on as if nothing had happened.
     """
     run, optimizer = Run(folder), make_optimizer(model, recipe)
-    state = {"step": 0, "seconds": 0.0}
+    state, rank, stop = {"step": 0, "seconds": 0.0}, rank_and_size()[0], False
     if resume:
         state = run.restore(model, optimizer)
-        run.forget_after(state["step"])
+        if not rank:
+            run.forget_after(state["step"])
     else:
         folder.mkdir(parents=True, exist_ok=True)
     rows = batches(corpus.train, recipe, seed, state["step"] * recipe.accumulate)
     per_step = recipe.batch_size * recipe.context * recipe.accumulate
     share = lambda: state["seconds"] / 60 / minutes if minutes else state["step"] / recipe.steps
+    device = model.lm_head.weight.device
+    agreed = lambda own: over_ranks(torch.tensor(own, device=device).double(), "mean").item()
     # a slice of the held-out text for the curve; all of it is read once, at the end
     probe = corpus.held_out[: 32 * recipe.context + 1]
     model.train()
     reported = int(share() * reports)
     total = None if minutes else recipe.steps
-    progress = tqdm(total=total, initial=state["step"], unit="step", dynamic_ncols=True)
+    first = state["step"]
+    progress = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, disable=rank > 0)
     with progress as bar, interrupts() as interrupted:
-        while share() < 1 and not interrupted:
+        while share() < 1 and not stop:
             begin, scale = time.perf_counter(), recipe.scale(share())
             parts = [next(rows) for _ in range(recipe.accumulate)]
             weight = recipe.mtp_weight_at(share())
@@ -1111,7 +1140,7 @@ def train(
             if not math.isfinite(loss):
                 raise ValueError(f"loss {loss} at step {state['step'] + 1}: lower learning_rate")
             state["step"] += 1
-            state["seconds"] += time.perf_counter() - begin
+            state["seconds"] += agreed(time.perf_counter() - begin)
             entry = {"step": state["step"], "loss": loss, "seconds": state["seconds"]}
             if model.mtp and weight:
                 entry["mtp_loss"] = float(drafting) / weight  # by T, as in the paper, not T − 1
@@ -1125,15 +1154,99 @@ def train(
                 reported = int(share() * reports)
                 nats, _ = evaluate(model, probe, recipe.context, recipe.context)
                 entry["held_out_loss"] = nats / (len(probe) - 1)
-            run.log(**entry)
-            if due or interrupted:
+            if not rank:
+                run.log(**entry)
+            stop = agreed(bool(interrupted)) > 0
+            if due or stop:
                 run.save(model, optimizer, corpus.encoding, state)
-    if interrupted:
+    if stop or interrupted:
         raise KeyboardInterrupt
     return state | {"tokens": state["step"] * per_step}
 
 
-# %% 8. The receipt: what came out, beside what else compresses ------------------------------
+# %% 8. More than one GPU --------------------------------------------------------------------
+# torchrun starts this file N times. Each process keeps an Nth of every weight, gradient and moment,
+# gathers a layer's weights while it computes with them (FSDP2), and reads an Nth of a batch's rows.
+# So it is the run that one process would make, step by step, with the same checkpoints: either goes
+# on with what the other has left.
+
+
+def rank_and_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def first_rank_first() -> Iterator[None]:
+    """The others come in when the first has left: they find the files that it wrote."""
+    rank, ranks = rank_and_size()
+    if rank:
+        dist.barrier()
+    yield
+    if ranks > 1 and not rank:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def processes(args: argparse.Namespace) -> Iterator[None]:
+    """Under torchrun, of more than one: a GPU for each, and one that speaks for all."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    with contextlib.redirect_stdout(io.StringIO() if dist.get_rank() else sys.stdout):
+        yield
+    dist.destroy_process_group()
+
+
+def over_ranks(value, how: str):
+    """The "sum" or "mean" of a tensor over all processes; of anything else, or alone, itself."""
+    ranks = rank_and_size()[1]
+    if ranks == 1 or not isinstance(value, Tensor):
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / ranks if how == "mean" else value
+
+
+def shard(model: DeepSeek) -> None:
+    """In place; all processes must hold the same weights. One alone stays as it is."""
+    ranks = rank_and_size()[1]
+    if ranks == 1:
+        return
+    mesh = init_device_mesh(model.lm_head.weight.device.type, (ranks,))
+    for part in (*model.model.layers, *model.mtp, model):
+        fully_shard(part, mesh=mesh)
+    for name in ("losses", "loss"):  # what is called instead of forward
+        register_fsdp_forward_method(model, name)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(tensor: Tensor, place: Tensor) -> Tensor:
+    """What this process holds of a tensor, laid out as `place` is; a single number stays whole."""
+    tensor = tensor.to(place.device)
+    if not isinstance(place, DTensor) or not tensor.dim():
+        return tensor
+    return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)
+
+
+def gathered(model: DeepSeek) -> DeepSeek:
+    """The model; a sharded one as a whole one on the CPU, for which all processes must ask."""
+    if not isinstance(model, FSDPModule):
+        return model
+    tensors = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        plain = DeepSeek(model.config, model.precision)
+    plain.load_state_dict(tensors, assign=True)
+    return plain
+
+
+# %% 9. The receipt: what came out, beside what else compresses ------------------------------
 
 
 def check(name: str, got: Tensor, want: Tensor, tol: float) -> None:
@@ -1263,7 +1376,7 @@ def draw(run: Run, corpus: Corpus, bits: float, mixtures: int) -> None:
     plt.close(figure)
 
 
-# %% 9. How fast? ----------------------------------------------------------------------------
+# %% 10. How fast? ---------------------------------------------------------------------------
 
 
 def bench(model: DeepSeek, recipe: Recipe, seed: int) -> None:
@@ -1409,8 +1522,9 @@ def lesson(args: argparse.Namespace) -> None:
         return bench(DeepSeek(config, args.precision).to(device), recipe, args.seed)
 
     begin = time.perf_counter()
-    documents = read_documents(args.data, packages)
-    corpus = prepare(documents, vocabulary, args.out)
+    with first_rank_first():
+        documents = read_documents(args.data, packages)
+        corpus = prepare(documents, vocabulary, args.out)
     if args.resume and digest != corpus.folder.name:
         raise ValueError(f"{args.resume} was trained on other text: {digest}")
     next(batches(corpus.train, recipe, args.seed, 0))  # raises if the text is too short
@@ -1424,11 +1538,13 @@ def lesson(args: argparse.Namespace) -> None:
     rows = torch.from_numpy(corpus.train[:130].astype(np.int64)).view(2, 65).to(device)
     verify_sizes()
     verify_model(model, rows)
-    if args.resume:
-        run = Run(args.resume)
+    shard(model)
+    if args.resume or rank_and_size()[0]:  # the first process keeps the books
+        run = Run(args.resume or args.out)
     else:
         run = begin_run(args, config, recipe, corpus, packages, vocabulary)
-    print(f"run      {run.folder}   {sum(p.numel() for p in model.parameters()):,} parameters")
+    text = f"{sum(p.numel() for p in model.parameters()):,} parameters"
+    print(f"run      {run.folder}   {text}, {rank_and_size()[1]} process(es)")
     if args.precision == "fp8":
         emulated = "emulated, E4M3 numbers multiplied in fp32: slower than bf16"
         print(f"fp8      {'by kernels' if fp8.has_kernels(rows) else emulated}")
@@ -1439,13 +1555,16 @@ def lesson(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print(f"stopped  saved; go on with: python 06_train.py --resume {run.folder}")
         raise SystemExit(130) from None
-    report(model, corpus, recipe, run, trained)
+    model = gathered(model)
+    if not rank_and_size()[0]:
+        report(model.to(device), corpus, recipe, run, trained)
 
 
 def main() -> None:
     args = arguments()
     try:
-        lesson(args)
+        with processes(args):
+            lesson(args)
     except (ValueError, OSError) as error:
         print(f"06_train.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None

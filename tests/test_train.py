@@ -1555,6 +1555,112 @@ def test_minutes_end_the_run(corpus, tmp_path):
     assert (tmp_path / "checkpoint/model.safetensors").exists()
 
 
+# Several processes --------------------------------------------------------------------------
+
+SEVERAL = """
+import argparse, contextlib, signal, sys
+from pathlib import Path
+sys.path[:0] = [".", "tests"]
+import torch
+import test_train as tests
+
+chapter, folder = tests.chapter, Path(sys.argv[1])
+chapter.autocast = lambda device: contextlib.nullcontext()
+with chapter.processes(argparse.Namespace(device="cpu")):
+    rank = chapter.rank_and_size()[0]
+    with chapter.first_rank_first():
+        corpus = chapter.prepare(tests.documents_of(), 300, folder / "corpus")
+
+    def train(name, **options):
+        model = tests.fresh_model(corpus, num_nextn_predict_layers=1)
+        chapter.shard(model)
+        try:
+            chapter.train(model, corpus, tests.RECIPE, folder / name, seed=5, **options)
+        finally:
+            held = sum(t.to_local().numel() for t in model.parameters())
+            print(name, held / sum(t.numel() for t in model.parameters()))
+
+    train("two")
+    train("one_then_two", resume=True)
+    log = chapter.Run.log
+
+    def cut(self, **metrics):  # only the first process hears it
+        log(self, **metrics)
+        if metrics["step"] == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    chapter.Run.log = cut
+    with contextlib.suppress(KeyboardInterrupt):
+        train("two_then_one")
+"""
+
+
+def torchrun(*arguments, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", *map(str, arguments)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=300)
+
+
+def test_two_processes_make_the_run_of_one(corpus, tmp_path, fp32, monkeypatch):
+    """fp32: the same steps but for the order of sums. Each goes on with what the other left."""
+
+    def train(name, **options):
+        model = fresh_model(corpus, num_nextn_predict_layers=1)
+        chapter.train(model, corpus, RECIPE, tmp_path / name, seed=5, **options)
+        return chapter.released_tensors(model)
+
+    want = train("one")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 7, lambda: signal.raise_signal(signal.SIGINT))
+        train("one_then_two")
+    script = tmp_path / "several.py"
+    script.write_text(SEVERAL)
+    done = torchrun(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert chapter.Run(tmp_path / "two_then_one").metrics()[-1]["step"] == 7
+    train("two_then_one", resume=True)
+    for line in done.stdout.splitlines():  # of an odd number of rows one process has one more
+        assert 0.5 <= float(line.split()[1]) < 0.53, line
+    expected = chapter.Run(tmp_path / "one").metrics()
+    for name in "two", "one_then_two", "two_then_one":
+        metrics = chapter.Run(tmp_path / name).metrics()
+        assert [entry["step"] for entry in metrics] == list(range(1, 17))
+        for ours, theirs in zip(metrics, expected, strict=True):
+            assert ours["max_violation"] == theirs["max_violation"]  # the loads are whole batches'
+            for key in {"loss", "mtp_loss", "held_out_loss"} & theirs.keys():
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
+        saved = chapter.released_tensors(DeepSeek.from_pretrained(tmp_path / name / "checkpoint"))
+        for key, tensor in want.items():
+            assert_close(saved[key], tensor, 2e-5)
+
+
+def test_a_batch_that_the_processes_cannot_share(monkeypatch):
+    monkeypatch.setattr(chapter, "rank_and_size", lambda: (1, 3))
+    with pytest.raises(ValueError, match="a batch of 2 rows can't be shared by 3 processes"):
+        next(chapter.batches(np.arange(1000), RECIPE, 0, 0))
+    monkeypatch.setattr(chapter, "rank_and_size", lambda: (0, 1))
+    whole = next(chapter.batches(np.arange(1000), RECIPE, 0, 3))
+    for rank in 0, 1:
+        monkeypatch.setattr(chapter, "rank_and_size", lambda rank=rank: (rank, 2))
+        assert torch.equal(next(chapter.batches(np.arange(1000), RECIPE, 0, 3)), whole[rank::2])
+
+
+@pytest.mark.slow
+def test_torchrun_from_the_command_line(tmp_path):
+    """One receipt, one folder; what a Ctrl-C has stopped goes on in one process."""
+    flags = ["--quick", "--device", "cpu", "--out", tmp_path]
+    done = torchrun("06_train.py", *flags)
+    assert done.returncode == 0, done.stderr
+    checks, measures = receipt(done.stdout.splitlines())
+    assert len({m["name"] for m in measures}) == len(measures) > 8 and len(checks) == 4
+    assert all(check["ok"] for check in checks)
+    assert [path.name for path in tmp_path.glob("quick*")] == ["quick"]
+    done = torchrun("06_train.py", *flags, processes=3)
+    assert done.returncode != 0 and "8 rows can't be shared by 3 processes" in done.stderr
+    assert "Traceback" not in done.stderr.split("torch/distributed")[0]
+
+
 # The command --------------------------------------------------------------------------------
 
 MEASURES = {
