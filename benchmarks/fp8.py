@@ -2,8 +2,8 @@ r"""What FP8 costs in loss: default runs of 06_train.py in bf16 and in FP8, thre
 
 The same seed means the same weights and the same batches. bf16 runs twice, with chapter 01's tiles
 and with SDPA for attention: two ways to round, whose difference is the noise that any gap must be
-seen against. fp8_blocks (--blocks) gives dgrad 128×128 scales for dy in the linear layers, not in
-the experts: what made a 16B model diverge ([1] B.2).
+seen against. fp8_blocks, if asked for, gives dgrad 128×128 scales for dy in the linear layers, not
+in the experts: what made a 16B model diverge ([1] B.2).
 Each run has one thread; as many run at a time as there are cores.
 
 Run:  python benchmarks/fp8.py --seeds 1          21 minutes on two CPU cores, three seeds longer
@@ -59,7 +59,7 @@ def main() -> None:
     cli.add_argument("--device", default=default, help="cpu, cuda, cuda:1, … (%(default)s)")
     cli.add_argument("--seeds", type=int, default=3, help="runs of each kind (%(default)s)")
     cli.add_argument("--steps", type=int, help="instead of a default run's")
-    cli.add_argument("--blocks", action="store_true", help="also with 128×128 scales for dy")
+    cli.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS[:-1])
     args = cli.parse_args()
     try:
         torch.zeros(1, device=args.device).item()
@@ -68,7 +68,7 @@ def main() -> None:
         cli.exit(2, f"cannot run on --device {args.device}: {reason}\n")
     if args.seeds < 1 or args.steps is not None and args.steps < 1:
         cli.error(f"want at least one seed and one step: {args.seeds}, {args.steps}")
-    variants = VARIANTS if args.blocks else VARIANTS[:-1]
+    variants = [v for v in VARIANTS if v in args.variants or v == "bf16"]  # what gaps are to
     jobs = [(variant, seed) for variant in variants for seed in range(args.seeds)]
     workers = 1 if args.device.startswith("cuda") else min(len(jobs), os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:
