@@ -686,6 +686,9 @@ class MoE(nn.Module):
         self.load: Tensor | None = None
         self.balance_loss: Tensor | None = None
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"balance_loss": None}  # a copy.deepcopy can't take a graph along
+
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)  # (N, D), N = B·T
         indices, weights, scores = self.gate(tokens)  # (N, K), (N, K), (N, E)

@@ -32,6 +32,8 @@ hides that, four of five examples answer at once; then rewards alone. Measured o
 of the three has seen.
 
 Run:  python 07_grpo.py [--quick | --bench | --resume RUN]          3 to 4 minutes on two CPU cores
+      python 07_grpo.py --further           R1's third and fourth stage too: 2 minutes longer
+      python 07_grpo.py --preset beyond     600 steps of rewards for a weak base: 8 minutes
 """
 
 import argparse
@@ -920,6 +922,32 @@ def train_grpo(
     return run_stage(model, optimizer, encoding, recipe.steps, folder, step)
 
 
+def own_answers(
+    model: base.DeepSeek, encoding: tiktoken.Encoding, task: Task, problems: int, samples: int,
+    seed: int = 0,
+) -> list[tuple[str, str]]:  # fmt: skip
+    """Rejection sampling: the first right answer, if one of `samples` is, to training problems.
+
+    -> (prompt, response) pairs, which `train_examples` can learn from ([2] §3, third stage).
+    """
+    rng = random.Random(f"collect {seed}")
+    asked = [task.problem(rng, held_out=False) for _ in range(problems)]
+    prompts = [encode_prompt(encoding, problem.prompt) for problem in asked]
+    end = encoding.encode_single_token(base.END)
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    kept = []
+    for start in range(0, problems, 128):
+        sampled = rollout(
+            model, prompts[start : start + 128], task.max_new_tokens, samples, eos_token_id=end,
+            generator=generator,
+        )  # fmt: skip
+        texts = decode_answers(encoding, sampled)
+        for i, problem in enumerate(asked[start : start + 128]):
+            right = [t for t in texts[i * samples :][:samples] if task.correct(problem, t)]
+            kept += [(problem.prompt, right[0])] if right else []
+    return kept
+
+
 # %% 7. What it has learnt ---------------------------------------------------------------------
 
 
@@ -1139,7 +1167,13 @@ def bench(model: base.DeepSeek, encoding: tiktoken.Encoding, task: Task) -> None
 
 # %% Main --------------------------------------------------------------------------------------
 STAGES = {"worked": Examples(1300, 32, 2e-3), "cold": Examples(150, 64, 5e-4)}
-KEPT = "task", "init", "steps", "quick", "seed"
+OWN, OWN_PROBLEMS = Examples(150, 64, 5e-4), 2048
+PRESETS = {  # the stages before the rewards, and those
+    "elicit": (STAGES, Recipe()),
+    # thinking, but often wrong, and nothing hidden: what do rewards add to a weak base?
+    "beyond": ({"worked": replace(STAGES["worked"], steps=560)}, Recipe(steps=600)),
+}
+KEPT = "task", "preset", "init", "steps", "further", "quick", "seed"
 
 
 def arguments() -> argparse.Namespace:
@@ -1147,8 +1181,10 @@ def arguments() -> argparse.Namespace:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add = cli.add_argument
     add("--task", default="clock", help="clock, countdown, FILE.jsonl, FILE.py:CLASS (%(default)s)")
+    add("--preset", choices=PRESETS, default="elicit", help="beyond: a weak base (%(default)s)")
     add("--init", type=Path, metavar="FOLDER", help="a checkpoint to reward, instead of our own")
-    add("--steps", type=int, help=f"of GRPO, instead of {Recipe.steps}")
+    add("--steps", type=int, help=f"of GRPO, instead of {Recipe.steps}, or 600")
+    add("--further", action="store_true", help="R1's next stages: own right answers, more rewards")
     add("--resume", type=Path, metavar="RUN", help="go on in the folder of a run that was stopped")
     add("--quick", action="store_true", help="a few steps of each stage: does everything work?")
     add("--device", default=default, help="cpu, cuda, cuda:1, … (%(default)s)")
@@ -1168,6 +1204,7 @@ def take_over(args: argparse.Namespace) -> None:
     """--resume: the settings are those that the run was begun with."""
     try:
         entry = json.loads((args.resume / "run.json").read_text())
+        entry = {"preset": "elicit", "further": False} | entry  # older than the flags
         for key in KEPT:
             setattr(args, key, entry[key])
     except (OSError, ValueError, KeyError) as error:
@@ -1221,29 +1258,47 @@ def lesson(args: argparse.Namespace) -> None:
         if room > (limit := model.config.max_position_embeddings):
             raise ValueError(f"prompt {prompt!r} and its answer, {room} tokens, are over {limit}")
     folder = args.resume or begin_run(args)
-    recipe = replace(Recipe(), steps=args.steps) if args.steps else Recipe()
-    stages, problems = STAGES, 256
+    (stages, recipe), own, problems = PRESETS[args.preset], OWN, 256
+    if args.steps:
+        recipe = replace(recipe, steps=args.steps)
     if args.quick:
-        stages = {name: replace(stage, steps=4) for name, stage in STAGES.items()}
-        recipe, problems = replace(recipe, steps=2, prompts=4, group=4), 8
+        stages = {name: replace(stage, steps=4) for name, stage in stages.items()}
+        own, recipe = replace(own, steps=4), replace(recipe, steps=2, prompts=4, group=4)
+        problems = 8
     verify_equations()
     print(f"run      {folder}   {sum(p.numel() for p in model.parameters()):,} parameters")
     look = lambda: evaluate(model, encoding, task, problems)
-    ceiling = None
+    ceiling, later = None, {}
     try:
+        examples = partial(train_examples, encoding=encoding, seed=args.seed)
         if args.init is None:
-            examples = partial(train_examples, model, encoding, seed=args.seed)
-            examples(task.clean, stages["worked"], folder / "worked")
+            examples(model, example=task.clean, recipe=stages["worked"], folder=folder / "worked")
+        origin = copy.deepcopy(model)
+        if args.init is None and "cold" in stages:
             ceiling = look()
-            examples(task.cold, stages["cold"], folder / "cold")
+            examples(model, example=task.cold, recipe=stages["cold"], folder=folder / "cold")
         before, said_before = look(), transcript(model, encoding, task, args.seed)
         metrics = train_grpo(model, encoding, task, recipe, folder / "rl", args.seed)
+        if args.further:
+            pairs = own_answers(model, encoding, task, OWN_PROBLEMS, 4, args.seed)
+            print(f"further  {len(pairs):,} of {OWN_PROBLEMS:,} problems have a right answer")
+        if args.further and pairs:
+            pick = lambda rng: rng.choice(pairs)
+            examples(origin, example=pick, recipe=own, folder=folder / "own")
+            later["own_answers"] = evaluate(origin, encoding, task, problems)
+            half = replace(recipe, steps=max(recipe.steps // 2, 1))
+            train_grpo(origin, encoding, task, half, folder / "rl-again", args.seed)
+            later["rewards_again"] = evaluate(origin, encoding, task, problems)
     except KeyboardInterrupt:
         print(f"stopped  go on with: python 07_grpo.py --resume {folder}")
         raise SystemExit(130) from None
     after, said_after = look(), transcript(model, encoding, task, args.seed)
     verify_sampler(model, encoding, task)
     report(before, after, ceiling, metrics, recipe)
+    for name, found in later.items():
+        text = f"from where stage one ended; greedy {found['greedy']:.3f}"
+        text += f", {found['length']:.1f} tokens"
+        measure(f"pass_at_1_{name}", found["pass_at_1"], text)
     since = "since it was resumed" if args.resume else "in all"
     measure("seconds", time.perf_counter() - begin, f"s {since}")
     draw_curves(metrics, ceiling and ceiling["pass_at_1"], folder / "curves.png")

@@ -150,27 +150,7 @@ def report_stable(runs: dict[tuple, dict]) -> None:
 
 
 # A weak base, and three ways to make it better ------------------------------------------------
-WEAK = 560  # steps of worked examples; the chapter has 1300
-
-
-def collect(model, seed: int, problems: int, samples: int, task=TASK) -> list[tuple[str, str]]:
-    """Rejection sampling: the model's own right answers to training problems, one for each."""
-    rng = random.Random(f"collect {seed}")
-    asked = [task.problem(rng, held_out=False) for _ in range(problems)]
-    prompts = [chapter.encode_prompt(ENCODING, problem.prompt) for problem in asked]
-    end = ENCODING.encode_single_token(base.END)
-    generator = torch.Generator().manual_seed(seed)
-    kept = []
-    for start in range(0, problems, 128):
-        sampled = chapter.rollout(
-            model, prompts[start : start + 128], task.max_new_tokens, samples, eos_token_id=end,
-            generator=generator,
-        )  # fmt: skip
-        texts = chapter.decode_answers(ENCODING, sampled)
-        for i, problem in enumerate(asked[start : start + 128]):
-            right = [t for t in texts[i * samples :][:samples] if task.correct(problem, t)]
-            kept += [(problem.prompt, right[0])] if right else []
-    return kept
+WEAK = chapter.PRESETS["beyond"][0]["worked"].steps
 
 
 def beyond(seed: int, store: Path, steps: int) -> dict:
@@ -195,7 +175,7 @@ def beyond(seed: int, store: Path, steps: int) -> dict:
     def own_answers(student, spent: Callable) -> None:
         own, rounds = [], itertools.count(1000 * seed)
         while spent() < budget / 2:
-            own += collect(student, next(rounds), 512, 4)
+            own += chapter.own_answers(student, ENCODING, TASK, 512, 4, next(rounds))
         at_rate(student, partial(pick, own), spent)
 
     budget = timed("rewards", lambda student, _: rewarded(student, Recipe(steps=steps), seed))
@@ -270,8 +250,8 @@ def r1(seed: int, store: Path, steps: int) -> dict:
     found = {"base": look(worked), "cold_start": look(model)}
     rewarded(model, Recipe(steps=steps), seed)
     found["rewards"] = look(model)
-    own = partial(pick, collect(model, seed, 2048, 4))
-    examples(worked, own, Examples(150, 64, 5e-4), seed, "own")  # as R1: the base again
+    own = partial(pick, chapter.own_answers(model, ENCODING, TASK, 2048, 4, seed))
+    examples(worked, own, chapter.OWN, seed, "own")  # as R1: the base again
     found["own_answers"] = look(worked)
     rewarded(worked, Recipe(steps=steps // 2), seed + 1)
     found["rewards_again"] = look(worked)

@@ -909,6 +909,46 @@ def test_the_command_from_nothing_and_from_a_checkpoint(tmp_path):
     assert "ceiling" not in out and (tmp_path / "grpo-2/rl/checkpoint/config.json").exists()
 
 
+def test_the_further_stages_and_a_weak_base(tmp_path):
+    (tmp_path / "easy.py").write_text(
+        "from importlib import import_module\ngrpo = import_module('07_grpo')\n"
+        "class Easy(grpo.Clock):\n    max_new_tokens = 8\n"
+        "    def correct(self, problem, response):\n        return len(response) % 2 == 0\n"
+    )
+    easy = "--task", str(tmp_path / "easy.py:Easy")
+    code, out, err = finish(start("--quick", "--further", *easy, "--out", str(tmp_path)))
+    assert code == 0, err
+    right = int(re.search(r"further  ([\d,]+) of 2,048", out)[1].replace(",", ""))
+    assert 1000 < right < 2048  # of four answers one has an even length: 15 of 16
+    for name in "own_answers", "rewards_again":
+        assert f"measure  pass_at_1_{name} " in out
+    assert sorted(p.name for p in (tmp_path / "grpo").iterdir() if p.is_dir()) == [
+        "cold", "own", "rl", "rl-again", "worked",
+    ]  # fmt: skip
+    again = finish(start("--resume", str(tmp_path / "grpo")))[1]
+    measured = lambda text, name: re.search(rf"measure  {name} .*", text)[0]
+    for name in "pass_at_1_after", "pass_at_1_own_answers", "pass_at_1_rewards_again":
+        assert measured(out, name) == measured(again, name)
+    code, out, err = finish(start("--quick", "--preset", "beyond", "--out", str(tmp_path)))
+    assert code == 0, err
+    assert "ceiling" not in out and not (tmp_path / "grpo-2/cold").exists()
+
+
+def test_own_answers_are_right_and_one_a_problem():
+    task = chapter.Clock()
+    torch.manual_seed(0)
+    model = base.DeepSeek(SMALL)
+    assert chapter.own_answers(model, ENCODING, task, 8, 2) == []  # it knows nothing
+    task.correct = lambda problem, text: "1" in text or len(text) < 30
+    pairs = chapter.own_answers(model, ENCODING, task, 140, 3, seed=1)  # over two batches
+    assert 0 < len(pairs) < 140 and all(task.correct(None, text) for _, text in pairs)
+    rng = random.Random("collect 1")
+    asked = [task.problem(rng, held_out=False).prompt for _ in range(140)]
+    places = [asked.index(prompt) for prompt, _ in pairs]
+    assert len(set(prompt for prompt, _ in pairs)) == len(set(places))
+    assert pairs == chapter.own_answers(model, ENCODING, task, 140, 3, seed=1)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["int", "kill"])
 def test_a_killed_command_goes_on_to_the_same_end(tmp_path, number):
     code, _, err = finish(start("--quick", "--out", str(tmp_path / "whole")))

@@ -632,6 +632,14 @@ def test_grouped_gemm_refuses(x, weight, sizes, message):
         moe.grouped_gemm(torch.randn(x), torch.randn(weight), torch.tensor(sizes))
 
 
+def test_a_layer_is_copied_behind_a_training_step():
+    layer, x = moe.MoE(8, 6, 4, 2), torch.randn(1, 5, 8)
+    y = layer(x)
+    other = copy.deepcopy(layer)
+    assert other.balance_loss is None and layer.balance_loss.requires_grad
+    assert torch.equal(other(x), y)
+
+
 def test_grouped_gemm_wants_both_routes_and_takes_no_experts():
     x, weight, sizes = torch.randn(5, 3), torch.randn(2, 4, 3), torch.tensor([2, 3])
     with pytest.raises(ValueError, match="one without the other"):
