@@ -507,7 +507,7 @@ def _check(name: str, codes: Tensor, scales: Tensor) -> bool:
     by_tiles = list(scales.shape) == tiles
     if not by_tiles and not scales.is_contiguous():  # a square one turned has the right shape
         got = tuple(scales.shape)
-        raise ValueError(f"{name}: scales {got} by blocks are a transposed view, not row-major")
+        raise ValueError(f"{name}: scales {got} by blocks must be contiguous, or are they turned?")
     return by_tiles
 
 
@@ -647,7 +647,8 @@ class FP8Linear(nn.Linear):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         rows = x.flatten(0, -2) if x.dim() > 1 else x[None]  # (M, K)
-        y = _FP8Product.apply(rows, self.weight, *self.settings).view(*x.shape[:-1], -1)
+        y = _FP8Product.apply(rows, self.weight, *self.settings)
+        y = y.view(*x.shape[:-1], self.out_features)  # -1 could not be told of no rows
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

@@ -70,6 +70,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -288,6 +289,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         dh, dw = ctx.saved_tensors
         return dh * grad.to(dh.dtype), dw * grad, None, None
@@ -549,7 +551,7 @@ def compare_shapes(folder: Path, got: dict[str, tuple], want: dict[str, tuple]) 
 
 def save_whole(path: Path, write: Callable[[Path], object]) -> None:
     """`path` holds its old contents or all of the new ones, also when the disk fills up."""
-    fresh = path.with_name(path.name + ".tmp")
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another run may write it too
     try:
         write(fresh)
         os.replace(fresh, path)
@@ -730,18 +732,25 @@ def load_encoding(path: Path) -> tiktoken.Encoding:
         raise ValueError(f"{path} is no tokenizer of ours: {error}") from None
 
 
+MOST = 100_000  # characters of a run without a chunk's end: of a million tiktoken panics
+LONG_RUNS = regex.compile(
+    "|".join(rf"(?<!{c}){c}{{{MOST},}}" for c in (r"\p{L}", r"\s", r"[^\s\p{L}\p{N}]"))
+)
+
+
 def encode_bytes(encoding: tiktoken.Encoding, data: bytes) -> list[int]:
     """Tokens whose decode_bytes is exactly `data`: what is no UTF-8 goes byte by byte."""
     tokens = []
-    while data:
-        try:
-            text, bad, rest = data.decode(), b"", b""
-        except UnicodeDecodeError as error:
-            text = data[: error.start].decode()
-            bad, rest = data[error.start : error.end], data[error.end :]
-        tokens += encoding.encode_ordinary(text)
-        tokens += [encoding.encode_single_token(bytes([byte])) for byte in bad]
-        data = rest
+    parts = regex.split(r"([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape"))
+    for number, part in enumerate(parts):
+        if number % 2:  # bytes, one a surrogate
+            bad = part.encode("utf-8", "surrogateescape")
+            tokens += [encoding.encode_single_token(bytes([byte])) for byte in bad]
+            continue
+        runs = LONG_RUNS.finditer(part) if len(part) >= MOST else ()
+        cuts = [i for run in runs for i in range(run.start() + MOST, run.end(), MOST)]
+        for begin, end in itertools.pairwise([0, *cuts, len(part)]):
+            tokens += encoding.encode_ordinary(part[begin:end])
     return tokens
 
 
@@ -782,11 +791,12 @@ def read_documents(source: Path | None, packages: bool = False) -> list[bytes]:
     for file in files:
         raw = file.read_bytes()
         documents += [raw] if file.suffix != ".jsonl" else jsonl_texts(file, raw)
+    once = lambda documents: list(dict.fromkeys(d for d in documents if d))  # in their order
+    documents = once(documents)
     total = sum(map(len, documents))
     if max(map(len, documents), default=0) > HELD_OUT_SHARE * total:
         pieces = (cut(document, max(2048, total // 80)) for document in documents)
-        documents = list(itertools.chain.from_iterable(pieces))
-    documents = list(dict.fromkeys(d for d in documents if d))  # drops repeats, keeps the order
+        documents = once(itertools.chain.from_iterable(pieces))
     if len(documents) < 2:
         kinds = ", ".join(sorted(SUFFIXES))
         raise ValueError(f"--data {source}: no text to train on (want {kinds}, over 4 KB in all)")
@@ -795,6 +805,8 @@ def read_documents(source: Path | None, packages: bool = False) -> list[bytes]:
 
 def jsonl_texts(file: Path, raw: bytes) -> Iterator[bytes]:
     for number, line in enumerate(raw.splitlines(), start=1):
+        if not line.strip():
+            continue
         try:
             yield json.loads(line)["text"].encode()
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -842,7 +854,7 @@ def prepare(documents: list[bytes], vocabulary: int | str, cache: Path) -> Corpu
         digest.update(hashlib.sha256(document).digest())
     folder = cache / f"data-{digest.hexdigest()[:12]}"
     train, held_out = split_documents(documents)
-    if not (folder / "rivals.json").exists():  # written last
+    if not intact(folder):
         if isinstance(vocabulary, int):
             texts = (document.decode("utf-8", "replace") for document in train)
             encoding = encoding_of(train_bpe(texts, vocabulary - 1))
@@ -852,17 +864,26 @@ def prepare(documents: list[bytes], vocabulary: int | str, cache: Path) -> Corpu
         save_encoding(encoding, folder / "encoding.json")
         for name, part in ("train", train), ("held_out", held_out):
             save_whole(folder / name, lambda path, part=part: write_tokens(encoding, part, path))
-        rivals = json.dumps(compressors(b"".join(train), b"".join(held_out)))
-        save_whole(folder / "rivals.json", lambda path: path.write_text(rivals))
+        rivals = compressors(b"".join(train), b"".join(held_out))
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name in FILES}
+        text = json.dumps({"rivals": rivals, "sizes": sizes})
+        save_whole(folder / "rivals.json", lambda path: path.write_text(text))
     encoding = load_encoding(folder / "encoding.json")
-    dtype = token_dtype(encoding)
-    return Corpus(
-        encoding,
-        *(np.memmap(folder / name, dtype, "r") for name in ("train", "held_out")),
-        sum(map(len, held_out)),
-        json.loads((folder / "rivals.json").read_text()),
-        folder,
-    )
+    streams = (np.memmap(folder / name, token_dtype(encoding), "r") for name in FILES[1:])
+    rivals = json.loads((folder / "rivals.json").read_text())["rivals"]
+    return Corpus(encoding, *streams, sum(map(len, held_out)), rivals, folder)
+
+
+FILES = "encoding.json", "train", "held_out"
+
+
+def intact(folder: Path) -> bool:
+    """Has `prepare` written all, rivals.json last, and is it still as long?"""
+    try:
+        sizes = json.loads((folder / "rivals.json").read_text())["sizes"]
+        return all((folder / name).stat().st_size == sizes[name] for name in FILES)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def token_dtype(encoding: tiktoken.Encoding) -> type:
@@ -1023,6 +1044,16 @@ class Run:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]  # else cut by a kill
 
+    def saved(self) -> bool:
+        return self.checkpoint.exists() or (self.folder / "checkpoint.old").exists()
+
+    def begun(self) -> bool:
+        return self.saved() or (self.folder / "metrics.jsonl").exists()
+
+    def is_young(self) -> bool:
+        """Killed before its first checkpoint, which follows the first probe of held-out text."""
+        return not self.saved() and not any("held_out_loss" in e for e in self.metrics()[:-1])
+
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps that no checkpoint has kept."""
         kept = [json.dumps(entry) + "\n" for entry in self.metrics() if entry["step"] <= step]
@@ -1078,7 +1109,9 @@ class Run:
             raise ValueError(f"{self.checkpoint} can't be resumed: {error}") from None
         for name, parameter in model.named_parameters():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{key}" in moments]
-            if keys:
+            if len(keys) in (1, 2):
+                raise ValueError(f"{self.checkpoint} can't be resumed: {name} lacks moments")
+            if keys:  # else it was never trained
                 optimizer.state[parameter] = {
                     key: part_of(moments[f"{name}:{key}"], parameter) for key in keys
                 }
@@ -1108,16 +1141,18 @@ def train(
     """Train in place, logging into `folder` -> {"step", "seconds", "tokens"}.
 
     minutes: run the same schedule over so much training time instead of recipe.steps. Ctrl-C ends
-    the step, saves, and raises KeyboardInterrupt; resume=True goes on as if nothing had happened.
+    the step, saves, and raises KeyboardInterrupt; resume=True goes on as if nothing had happened,
+    from the last checkpoint or from the beginning. ValueError: a folder that holds a run already.
     """
     run, optimizer = Run(folder), make_optimizer(model, recipe)
     state, rank, stop = {"step": 0, "seconds": 0.0}, rank_and_size()[0], False
-    if resume:
+    if not resume and not rank and run.begun():
+        raise ValueError(f"{folder} holds a run already: resume=True, or another folder")
+    if resume and not run.is_young():
         state = run.restore(model, optimizer)
-        if not rank:
-            run.forget_after(state["step"])
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not rank:
+        run.forget_after(state["step"])
     rows = batches(corpus.train, recipe, seed, state["step"] * recipe.accumulate)
     per_step = recipe.batch_size * recipe.context * recipe.accumulate
     share = lambda: state["seconds"] / 60 / minutes if minutes else state["step"] / recipe.steps
@@ -1429,6 +1464,9 @@ def bench(model: DeepSeek, recipe: Recipe, seed: int) -> None:
 # %% Main ------------------------------------------------------------------------------------
 
 
+KEPT = "preset", "data", "encoding", "steps", "minutes", "precision", "quick", "seed", "out"
+
+
 def arguments() -> argparse.Namespace:
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1451,17 +1489,17 @@ def arguments() -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             cli.error(f"--{name} must be positive, got {value}")
-        if value is not None and args.resume:
-            cli.error(f"--{name} {value}: a resumed run keeps the length it was begun with")
+    if args.steps and args.minutes:
+        cli.error("--steps or --minutes, not both")
+    for name in KEPT if args.resume else ():
+        if getattr(args, name) != cli.get_default(name):
+            cli.error(f"--{name}: a resumed run keeps what it was begun with")
     return args
 
 
 def begin_run(args, config: DeepSeekConfig, recipe: Recipe, corpus, packages, vocabulary) -> Run:
     """A folder that is not there yet, with run.json: what it takes to make this run again."""
-    stem = "quick" if args.quick else args.preset
-    names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
-    folder = next(args.out / name for name in names if not (args.out / name).exists())
-    folder.mkdir(parents=True)
+    folder = fresh_folder(args.out, "quick" if args.quick else args.preset)
     entry = {
         "command": shlex.join(["python", "06_train.py", *sys.argv[1:]]),
         "commit": commit(),
@@ -1473,7 +1511,8 @@ def begin_run(args, config: DeepSeekConfig, recipe: Recipe, corpus, packages, vo
         "seed": args.seed,
         "minutes": args.minutes,
         "precision": args.precision,
-        "data": None if args.data is None else str(args.data),
+        # as it lies from here: a resumed run may be started in another folder
+        "data": None if args.data is None else os.path.relpath(args.data, folder),
         "data_digest": corpus.folder.name,
         "packages": packages,
         "vocabulary": vocabulary,  # what was asked for: config has what came of it
@@ -1482,6 +1521,14 @@ def begin_run(args, config: DeepSeekConfig, recipe: Recipe, corpus, packages, vo
     }
     (folder / "run.json").write_text(json.dumps(entry, indent=1) + "\n")
     return Run(folder)
+
+
+def fresh_folder(parent: Path, stem: str) -> Path:
+    """A new one: parent/stem, or stem-2, …"""
+    for name in itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
+            (parent / name).mkdir(parents=True)
+            return parent / name
 
 
 def commit() -> str | None:
@@ -1505,10 +1552,10 @@ def lesson(args: argparse.Namespace) -> None:
             args.seed, args.minutes, digest = (entry[k] for k in ("seed", "minutes", "data_digest"))
             packages, vocabulary = entry["packages"], entry["vocabulary"]
             args.precision = entry.get("precision", "bf16")  # runs older than the flag have none
-            args.data = None if entry["data"] is None else Path(entry["data"])
+            args.data = None if entry["data"] is None else args.resume / entry["data"]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"--resume {args.resume} is no folder of a run: {error!r}") from None
-        args.out = args.resume.parent  # the tokens lie there
+        args.out = args.resume.resolve().parent  # the tokens lie there
     elif args.steps:
         recipe = replace(recipe, steps=args.steps)
     try:

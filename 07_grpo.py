@@ -123,6 +123,8 @@ def process_advantages(rewards: Tensor, ends: Tensor, T: int) -> Tensor:
         got = f"{tuple(rewards.shape)}, {tuple(ends.shape)}, T = {T}"
         raise ValueError(f"want rewards and ends (G, S), every end below T; got {got}")
     there = ends >= 0
+    if not rewards[there].isfinite().all():
+        raise ValueError(f"rewards must be finite, got {rewards.tolist()}")
     normed = torch.zeros_like(rewards, dtype=torch.promote_types(rewards.dtype, torch.float32))
     values = rewards[there].to(normed.dtype)
     if len(values) > 1 and values.amax() > values.amin():
@@ -172,15 +174,19 @@ def grpo_loss(
     On the policy that drew them every ratio is 1, and with equal lengths the advantages cancel: the
     loss is 0. Its gradient is not, −A·∇ln π: watch the rewards instead.
     """
-    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     shapes = [tuple(t.shape) for t in (logp, old_logp, mask)]
-    if len(set(shapes)) > 1 or logp.dim() != 2 or advantages.shape[0] != len(logp):
-        got = f"{shapes}, advantages {tuple(advantages.shape)}"
-        raise ValueError(f"want logp, old_logp and mask (B, T), advantages (B,) or (B, T); {got}")
+    fits = len(set(shapes)) == 1 and logp.dim() == 2 and mask.dtype == torch.bool
+    if not fits or advantages.shape not in (logp.shape, logp.shape[:1]):
+        got = f"{shapes}, mask {mask.dtype}, advantages {tuple(advantages.shape)}"
+        text = "logp, old_logp and a bool mask (B, T), advantages (B,) or (B, T)"
+        raise ValueError(f"want {text}; got {got}")
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     if beta and (ref_logp is None or ref_logp.shape != logp.shape):
         raise ValueError(f"beta {beta} wants ref_logp {shapes[0]}")
     if isinstance(denominator, str):
         denominator = denominators(mask, denominator)
+    if denominator.shape != logp.shape[:1]:
+        raise ValueError(f"want denominator ({len(logp)},), got {tuple(denominator.shape)}")
     # what isn't drawn may hold anything, and 0 · inf is NaN: it is replaced and not multiplied
     ratio = torch.where(mask, logp - old_logp.detach(), 0.0).exp()  # (B, T)
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
@@ -188,7 +194,7 @@ def grpo_loss(
     if beta:
         kl = kl_k3(torch.where(mask, logp, 0.0), torch.where(mask, ref_logp, 0.0))
         per_token = per_token - beta * kl * (ratio if weigh_kl else 1.0)
-    loss = -((per_token * mask).sum(1) / denominator).sum()
+    loss = -(torch.where(mask, per_token, 0.0).sum(1) / denominator).sum()
     with torch.no_grad():
         binds = (clipped * advantages < ratio * advantages) & mask
         return loss, (binds.sum() / mask.sum().clamp(min=1)).item()
@@ -205,7 +211,8 @@ class Rollout(NamedTuple):
     mask: Tensor  # (B, T − 1) bool: was tokens[:, 1:] drawn?
     logp: Tensor  # (B, T − 1) fp32: ln of the probability it was drawn with; else 0
     ended: Tensor  # (B,) bool: by its end, and not by the limit
-    routes: Tensor | None = None  # (B, T, mixtures, K): the experts that each token went to
+    # (B, T, mixtures, K): the experts of each token that another was drawn behind; then zeros
+    routes: Tensor | None = None
 
     def answers(self) -> list[list[int]]:
         rows = zip(self.tokens[:, 1:], self.mask, strict=True)
@@ -276,6 +283,8 @@ def rollout(
     mask = torch.zeros(B, room - 1, dtype=torch.bool, device=device)
     logp = torch.zeros(B, room - 1, device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
+    if record_routes and not model.mixtures():
+        raise ValueError("there are no routes to record: the model has no mixture of experts")
     if record_routes:
         watch, K = watched_routes(model), model.config.num_experts_per_tok
         routes = torch.zeros(B, room, len(model.mixtures()), K, dtype=torch.int64, device=device)
@@ -484,8 +493,11 @@ class Countdown(Task):
     def correct(self, problem: Problem, response: str) -> bool:
         found = parse(response)
         numbers, _, target = problem.prompt.rstrip(": ").partition(" to ")
-        used = sorted(map(int, re.findall(r"\d+", found[1] if found else "")))
-        return used == sorted(map(int, numbers.split())) and calculate(found[1]) == int(target)
+        used = [text.lstrip("0") for text in re.findall(r"\d+", found[1] if found else "")]
+        given = [
+            text.lstrip("0") for text in numbers.split()
+        ]  # as text: int() refuses 5,000 digits
+        return sorted(used) == sorted(given) and calculate(found[1]) == int(target)
 
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
@@ -532,12 +544,14 @@ class Questions(Task):
 
     def __init__(self, path: Path):
         sets: tuple[list, list] = [], []
-        for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
+        for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):
             if not line.strip():
                 continue
             try:
                 entry = json.loads(line)
-                question, answer = str(entry["question"]), str(entry["answer"])
+                question, answer = entry["question"], str(entry["answer"])
+                if not isinstance(question, str) or entry["answer"] is None:
+                    raise TypeError
             except (ValueError, KeyError, TypeError):
                 text = f'{path}, line {number}: want {{"question": "…", "answer": "…"}}'
                 raise ValueError(text) from None
@@ -550,8 +564,8 @@ class Questions(Task):
 
     @staticmethod
     def plain(text: str) -> str:
-        """1,234 is 1234."""
-        return re.sub(r"(?<=\d),(?=\d{3})", "", text).strip()
+        """1,234 is 1234; 3,1415 stays."""
+        return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text).strip()
 
     def problem(self, rng: random.Random, held_out: bool) -> Problem:
         return rng.choice(self.sets[held_out])
@@ -701,7 +715,7 @@ def run_stage(
     """
     folder.mkdir(parents=True, exist_ok=True)
     run, state = base.Run(folder), {"step": 0, "seconds": 0.0}
-    if (folder / "checkpoint").exists() or (folder / "checkpoint.old").exists():
+    if run.saved():
         state = run.restore(model, optimizer)
     run.forget_after(state["step"])
     save = lambda: run.save(model, optimizer, encoding, state)
@@ -1214,9 +1228,7 @@ def take_over(args: argparse.Namespace) -> None:
 
 def begin_run(args: argparse.Namespace) -> Path:
     """A folder that is not there yet, with run.json."""
-    names = itertools.chain(["grpo"], (f"grpo-{n}" for n in itertools.count(2)))
-    folder = next(args.out / name for name in names if not (args.out / name).exists())
-    folder.mkdir(parents=True)
+    folder = base.fresh_folder(args.out, "grpo")
     entry = {key: getattr(args, key) for key in (*KEPT, "device")} | {
         "command": shlex.join(["python", "07_grpo.py", *sys.argv[1:]]),
         "commit": base.commit(),

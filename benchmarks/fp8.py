@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 chapter = import_module("06_train")
 measure = chapter.measure
 BLOCKS = {"linear": partial(chapter.fp8.FP8Linear, gradient_blocks=True)}
+ATTENTION = chapter.cpu_or_gpu_attention
 VARIANTS = ("fp8", "bf16", "bf16_sdpa", "fp8_blocks")
 
 
@@ -42,8 +43,8 @@ def train(job: tuple[str, int], steps: int | None, device: str, data: Path) -> f
     corpus = chapter.prepare(chapter.read_documents(None), config.vocab_size, data)
     end = corpus.encoding.encode_single_token(chapter.END)
     sizes = {"vocab_size": corpus.encoding.n_vocab, "bos_token_id": end, "eos_token_id": end}
-    if variant == "bf16_sdpa":
-        chapter.cpu_or_gpu_attention = chapter.mla.padded_attention
+    by_sdpa = variant == "bf16_sdpa"  # set anew for each: a process makes several runs
+    chapter.cpu_or_gpu_attention = chapter.mla.padded_attention if by_sdpa else ATTENTION
     chapter.PRECISIONS["fp8_blocks"] = chapter.PRECISIONS["fp8"] | BLOCKS
     torch.manual_seed(seed)
     precision = variant if variant.startswith("fp8") else "bf16"

@@ -141,9 +141,10 @@ def report_variants(runs: dict[tuple, dict]) -> None:
 def report_stable(runs: dict[tuple, dict]) -> None:
     for (name, seed), run in runs.items():
         accuracy = [entry["accuracy"] for entry in run["metrics"]]
-        windows = [statistics.fmean(accuracy[i : i + 50]) for i in range(len(accuracy) - 49)]
+        n = min(50, len(accuracy))
+        windows = [statistics.fmean(accuracy[i : i + n]) for i in range(len(accuracy) - n + 1)]
         last, best = windows[-1], max(windows)
-        text = f"mean of the last 50 of {len(accuracy)} steps; best 50: {best:.3f}; "
+        text = f"mean of the last {n} of {len(accuracy)} steps; best {n}: {best:.3f}; "
         text += f"held out {run['after']['pass_at_1']:.3f}, greedy {run['after']['greedy']:.3f}"
         measure(f"last_50_{name}_seed_{seed}", last, text)
         measure(f"decay_{name}_seed_{seed}", best - last)
@@ -253,7 +254,7 @@ def r1(seed: int, store: Path, steps: int) -> dict:
     own = partial(pick, chapter.own_answers(model, ENCODING, TASK, 2048, 4, seed))
     examples(worked, own, chapter.OWN, seed, "own")  # as R1: the base again
     found["own_answers"] = look(worked)
-    rewarded(worked, Recipe(steps=steps // 2), seed + 1)
+    rewarded(worked, Recipe(steps=max(steps // 2, 1)), seed + 1)
     found["rewards_again"] = look(worked)
 
     torch.manual_seed(seed)

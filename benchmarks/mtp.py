@@ -43,7 +43,10 @@ def drafts(run: Path, device: torch.device, out: Path) -> None:
     lengths[0] = 128  # the costs are taken behind this one
     pairs = zip(starts, lengths, strict=True)
     prompts = [held_out[start : start + length].tolist() for start, length in pairs]
-    count, width = 50, entry["recipe"]["context"]
+    width = entry["recipe"]["context"]
+    count = min(50, len(held_out) // width)
+    if not count:
+        raise ValueError(f"{len(held_out)} tokens held out: want {width} at least")
     rows = torch.from_numpy(held_out[: count * width].astype(np.int64)).view(count, width)
     decode = lambda tokens: encoding.decode(tokens, errors="replace")
     found = mtp.report(model, prompts, rows.to(device), decode, new=128)

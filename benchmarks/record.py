@@ -126,11 +126,11 @@ def run_live(command: list[str], root: Path) -> tuple[int, list[str]]:
     return process.returncode, lines
 
 
-def knows_out(command: list[str], root: Path) -> bool:
-    if "--out" not in (root / command[1]).read_text("utf-8"):
+def knows(flag: str, command: list[str], root: Path) -> bool:
+    if flag not in (root / command[1]).read_text("utf-8"):
         return False  # not even asked: a script without flags would run twice
     usage = subprocess.run([*command, "--help"], cwd=root, capture_output=True, text=True)
-    return re.search(r"(?<![\w-])--out(?![\w-])", usage.stdout) is not None
+    return re.search(rf"(?<![\w-]){flag}(?![\w-])", usage.stdout) is not None
 
 
 def figure_times(out: Path) -> dict[Path, int]:
@@ -168,14 +168,17 @@ def record(script: str, args: list[str], root: Path = ROOT) -> Path:
         raise SystemExit(f"not stored: {path.name} is no file of this repository")
     path = path.relative_to(root)
     ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    ours.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    ours.add_argument("--device")
     ours.add_argument("--out")
     given, flags = ours.parse_known_args(args)
     state = git_state(root)  # before the run: what it saw, not what was committed meanwhile
 
     with tempfile.TemporaryDirectory() as scratch:
         command, out = [sys.executable, str(path), *args], root / (given.out or scratch)
-        if given.out is None and knows_out(command[:2], root):
+        if given.device is None:  # a script that can't be told where runs on the CPU
+            gpu = torch.cuda.is_available() and knows("--device", command[:2], root)
+            given.device = "cuda" if gpu else "cpu"
+        if given.out is None and knows("--out", command[:2], root):
             command += ["--out", scratch]
         earlier, start = figure_times(out), time.perf_counter()
         exit_code, lines = run_live(command, root)

@@ -168,7 +168,7 @@ def operands(M=200, N=256, K=256):
         (1, lambda t: t.double(), "torch.float64"),
         (1, lambda t: t[:, :1].contiguous(), r"\(200, 1\)"),
         (2, lambda t: t[:, :100].contiguous(), r"b: codes \(256, 100\)"),
-        (3, lambda t: t.T, "transposed view"),  # square: the shapes fit
+        (3, lambda t: t.T, "must be contiguous"),  # square: the shapes fit
         (3, lambda t: t[:1].contiguous(), r"\(1, 2\)"),
         (2, lambda t: t[0], "want a matrix"),
     ],
@@ -431,6 +431,17 @@ def test_layer_is_near_a_linear_layer():
         assert F.cosine_similarity(got.flatten(), want.flatten(), 0) > 0.998
         assert 0.01 < fp8.relative(got, want) < 0.06  # quantised, and no more than that
     assert torch.equal(layer.bias.grad, plain.bias.grad)
+
+
+@pytest.mark.parametrize("shape", [(0, 130), (2, 0, 130), (130,)], ids=str)
+def test_layer_of_no_rows_or_of_a_vector(shape):
+    layer, x = FP8Linear(130, 70), torch.randn(shape, requires_grad=True)
+    y = layer(x)
+    assert y.shape == nn.Linear(130, 70)(x).shape
+    y.sum().backward()
+    assert x.grad.shape == x.shape and layer.weight.grad.shape == (70, 130)
+    if not x.numel():
+        assert not layer.weight.grad.any()
 
 
 def test_layer_under_autocast():

@@ -91,6 +91,19 @@ def test_advantages_refuse(rewards, normalize, message):
         chapter.group_advantages(rewards, normalize)
 
 
+def test_process_rewards_must_be_finite():
+    ends = torch.tensor([[1, 2], [1, -1]])
+    with pytest.raises(ValueError, match="rewards must be finite"):
+        chapter.process_advantages(torch.tensor([[1.0, math.nan], [0.0, 1.0]]), ends, 4)
+    chapter.process_advantages(torch.tensor([[1.0, 2.0], [0.0, math.nan]]), ends, 4)  # not there
+
+
+def test_routes_of_a_model_without_experts_are_refused():
+    dense = base.DeepSeek(replace(SMALL, first_k_dense_replace=SMALL.num_hidden_layers))
+    with pytest.raises(ValueError, match="no mixture of experts"):
+        chapter.rollout(dense, [[1, 2]], 3, record_routes=True)
+
+
 def test_process_supervision_by_loops():
     rewards = torch.tensor([[1.0, 0.0, 2.0], [0.5, 1.0, 0.0]])
     ends = torch.tensor([[1, 3, 6], [2, 4, -1]])
@@ -225,13 +238,26 @@ def test_loss_refuses():
     logp, old, advantages, mask, ref = batch()
     for change, message in (
         ({"old_logp": old[:, :3]}, r"\(4, 3\)"),
-        ({"advantages": advantages[:3]}, r"advantages \(3, 1\)"),
+        ({"advantages": advantages[:3]}, r"advantages \(3,\)"),
+        ({"advantages": torch.ones(4, 8)}, r"advantages \(4, 8\)"),
+        ({"mask": mask.float()}, "mask torch.float32"),
+        ({"denominator": torch.ones(4, 1)}, r"want denominator \(4,\), got \(4, 1\)"),
+        ({"denominator": torch.ones(1)}, r"want denominator \(4,\), got \(1,\)"),
         ({"denominator": "mean"}, "'mean'"),
         ({"beta": 0.1}, "beta 0.1 wants ref_logp"),
     ):
         arguments = {"logp": logp, "old_logp": old, "advantages": advantages, "mask": mask}
         with pytest.raises(ValueError, match=message):
             grpo_loss(**(arguments | change))
+
+
+def test_advantages_of_what_was_not_drawn_may_be_nan():
+    logp, old, advantages, mask, _ = batch()
+    by_token = advantages[:, None].expand(logp.shape)
+    want, _ = grpo_loss(logp, old, by_token, mask)
+    nan = torch.full_like(logp, math.nan)
+    spoilt = (torch.where(mask, t, nan) for t in (logp, old, by_token))
+    assert torch.equal(grpo_loss(*spoilt, mask)[0], want)
 
 
 def test_k3_estimates_the_divergence_and_is_never_negative():
@@ -647,6 +673,8 @@ def test_countdown():
         target = problem.prompt.partition(" to ")[2].rstrip(": ")
         assert not task.correct(problem, f"<think></think><answer>{target}</answer>")
         assert not task.correct(problem, problem.answer)
+        assert task.correct(problem, right.replace("<answer>", "<answer>0"))  # 07 is 7
+        assert not task.correct(problem, f"<think></think><answer>{'1' * 5000}</answer>")
 
 
 def test_a_file_of_questions(tmp_path):
@@ -672,9 +700,15 @@ def test_a_file_of_questions(tmp_path):
         + "\n".join(map(json.dumps, lines))
     )
     assert sum(map(len, chapter.load_task(str(path)).sets)) == 92
-    path.write_text(json.dumps(lines[0]) + '\n{"question": "no answer"}\n')
-    with pytest.raises(ValueError, match=r"q.jsonl, line 2"):
-        chapter.load_task(str(path))
+    path.write_text("\n".join(map(json.dumps, lines)), "utf-8-sig")  # as Windows' editors do
+    assert sum(map(len, chapter.load_task(str(path)).sets)) == 91
+    for bad in '{"question": "no answer"}', '{"question": "q", "answer": null}':
+        path.write_text(f"{json.dumps(lines[0])}\n{bad}\n")
+        with pytest.raises(ValueError, match=r"q.jsonl, line 2"):
+            chapter.load_task(str(path))
+    pairs = ("1,234", "1234"), ("3,1415", "3,1415"), ("1,234,567 m", "1234567 m"), ("1,23", "1,23")
+    for text, want in pairs:
+        assert task.plain(text) == want
 
 
 def test_a_task_of_ones_own(tmp_path):

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 record = import_module("benchmarks.record")
 
@@ -144,6 +145,16 @@ def test_no_out_for_a_script_that_does_not_know_it(run):
     strict = OPTIONS.replace('cli.add_argument("--out")', 'cli.add_argument("--output")')
     run(strict + "assert args.output is None  # argparse takes --out for it\n" + OK)
     run("import sys\nassert sys.argv[1:] == ['--device', 'cpu'], '--out'\n" + OK)
+
+
+def test_a_script_that_knows_no_device_ran_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    for source, kind in (OPTIONS + OK, "cuda"), (OK, "cpu"):
+        (tmp_path / "02_mla.py").write_text(source)
+        assert (
+            record.record(str(tmp_path / "02_mla.py"), [], root=tmp_path).suffixes[0] == f".{kind}"
+        )
 
 
 def test_no_machine_paths(run, tmp_path, monkeypatch):

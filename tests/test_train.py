@@ -883,6 +883,16 @@ def test_long_runs(encoding):
         assert encoding.decode(chapter.encode_bytes(encoding, text.encode())) == text
 
 
+@pytest.mark.parametrize("unit", [" ", "ACGT", "-=", "\n", "\t "], ids=repr)
+def test_runs_that_tiktoken_would_panic_at(unit, encoding):
+    """Its regex has a stack of a million steps. Shorter runs get the tokens they always had."""
+    text = "x " + unit * (1_500_000 // len(unit)) + "y"
+    assert encoding.decode(chapter.encode_bytes(encoding, text.encode())) == text
+    short = "x " + unit * (90_000 // len(unit)) + "y 1"
+    tokens = chapter.encode_bytes(encoding, 2 * short.encode())
+    assert tokens == encoding.encode_ordinary(2 * short)
+
+
 def test_end_never_comes_from_text(encoding):
     text = f"a {chapter.END} b{chapter.END}"
     tokens = chapter.encode_bytes(encoding, text.encode())
@@ -984,6 +994,16 @@ def test_single_file_is_cut_at_line_ends(suffix, tmp_path):
     assert len(documents) >= 20 and all(d.endswith(b"\n") for d in documents)
 
 
+def test_copies_count_once_before_a_document_is_called_long(tmp_path):
+    copies = {f"{i}.txt": english(1, 3000) for i in range(30)}
+    write_files(tmp_path, copies | {"other.txt": english(2, 3000)})
+    documents = chapter.read_documents(tmp_path)
+    total = sum(map(len, documents))
+    assert b"".join(documents) == (english(1, 3000) + english(2, 3000)).encode()
+    held_out = sum(map(len, chapter.split_documents(documents)[1]))
+    assert 0.05 * total <= held_out < 0.1 * total
+
+
 def test_text_without_line_ends(tmp_path):
     text = english(4, 9000).replace("\n", " ").encode()
     (tmp_path / "line.txt").write_bytes(text)
@@ -993,7 +1013,7 @@ def test_text_without_line_ends(tmp_path):
 
 def test_single_jsonl(tmp_path):
     lines = [json.dumps({"text": english(i, 16)}) for i in range(60)]
-    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    (tmp_path / "d.jsonl").write_text("\n\n".join(lines) + "\n \n")
     assert chapter.read_documents(tmp_path / "d.jsonl") == [
         json.loads(line)["text"].encode() for line in lines
     ]
@@ -1098,6 +1118,15 @@ def test_cache_that_was_cut_short_is_rebuilt(tmp_path, monkeypatch):
             chapter.prepare(documents, 300, tmp_path)
     corpus = chapter.prepare(documents, 300, tmp_path)
     assert corpus.rivals.keys() == {"gzip", "xz", "xz_given_training"}
+    before = snapshot(tmp_path)
+    for name in "train", "held_out", "encoding.json", "rivals.json":
+        for content in b"", (corpus.folder / name).read_bytes()[:-1]:
+            (corpus.folder / name).write_bytes(content)
+            chapter.prepare(documents, 300, tmp_path)
+            assert snapshot(tmp_path) == before
+        (corpus.folder / name).unlink()
+        chapter.prepare(documents, 300, tmp_path)
+        assert snapshot(tmp_path) == before
 
 
 def test_large_vocabulary_is_uint32(tmp_path, monkeypatch):
@@ -1365,6 +1394,43 @@ def test_a_line_that_was_cut_in_two(reference, corpus, tmp_path):
     model = fresh_model(corpus)
     chapter.train(model, corpus, RECIPE, folder, seed=5, resume=True)
     assert losses(folder) == losses(reference[1])
+
+
+def test_killed_before_the_first_checkpoint(reference, corpus, tmp_path, monkeypatch):
+    for step in 1, 2:  # the second: when the first probe was logged, and nothing saved yet
+        folder = tmp_path / str(step)
+        with monkeypatch.context() as patch, pytest.raises(Cut):
+            stop_at(patch, step, killed)
+            chapter.train(fresh_model(corpus), corpus, RECIPE, folder, seed=5)
+        assert not (folder / "checkpoint").exists()
+        model = fresh_model(corpus)
+        chapter.train(model, corpus, RECIPE, folder, seed=5, resume=True)
+        assert same_weights(model, reference[0]) and losses(folder) == losses(reference[1])
+
+
+def test_a_second_run_into_the_same_folder_is_refused(reference, corpus, tmp_path):
+    shutil.copytree(reference[1], tmp_path / "run")
+    before = snapshot(tmp_path)
+    for left in "checkpoint", "metrics.jsonl":  # what of a run may be there alone
+        with pytest.raises(ValueError, match="holds a run already"):
+            chapter.train(fresh_model(corpus), corpus, RECIPE, tmp_path / "run", seed=5)
+        assert snapshot(tmp_path) == before
+        path = tmp_path / "run" / left
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        before = snapshot(tmp_path)
+        if left == "checkpoint":
+            continue
+        chapter.train(fresh_model(corpus), corpus, RECIPE, tmp_path / "run", seed=5)
+
+
+@pytest.mark.parametrize("lost", ["step", "exp_avg", "exp_avg_sq"])
+def test_a_checkpoint_that_lost_moments_is_refused(lost, reference, corpus, tmp_path):
+    shutil.copytree(reference[1], tmp_path / "run")
+    path = tmp_path / "run/checkpoint/training/optimizer.safetensors"
+    moments = load_file(path)
+    save_file({k: t for k, t in moments.items() if not k.endswith(f":{lost}")}, path)
+    with pytest.raises(ValueError, match="can't be resumed: .* lacks moments"):
+        chapter.train(fresh_model(corpus), corpus, RECIPE, tmp_path / "run", seed=5, resume=True)
 
 
 def test_killed_between_the_two_renames(reference, corpus, tmp_path):
@@ -1749,7 +1815,7 @@ def test_run_folder(ran):
     expected = "command commit versions device seed config recipe data data_digest".split()
     assert set(expected) <= entry.keys()
     assert entry["command"].endswith(shlex.join(["06_train.py", *COMMAND]))
-    assert entry["device"] == "cpu" and entry["seed"] == 0 and entry["data"] == "text"
+    assert entry["device"] == "cpu" and entry["seed"] == 0 and entry["data"] == "../../text"
     assert {"python", "torch", "numpy", "tiktoken"} <= entry["versions"].keys()
     saved = DeepSeek.from_pretrained(run / "checkpoint").config
     assert DeepSeekConfig(**entry["config"]) == saved
@@ -1840,12 +1906,22 @@ def assert_refused(result, *words):
         (["--surprise"], "--surprise"),
         (["--encoding", "nonsense"], "nonsense"),
         (["--data", "nowhere"], "nowhere"),
-        (["--resume", "nowhere"], "nowhere"),
+        (["--steps", "3", "--minutes", "1"], "not both"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
 def test_bad_flags(args, word, cli, tmp_path):
     assert_refused(cli("--quick", *args), word)
+    assert not list(tmp_path.iterdir())
+
+
+def test_resume_takes_no_flag_that_the_run_has_settled(cli, tmp_path):
+    assert_refused(cli("--resume", "nowhere"), "nowhere")
+    for flag, *value in (
+        ["--quick"], ["--preset", "mini"], ["--data", "x"], ["--encoding", "gpt2"], ["--seed", "7"],
+        ["--steps", "9"], ["--minutes", "1"], ["--precision", "fp8"], ["--out", "elsewhere"],
+    ):  # fmt: skip
+        assert_refused(cli("--resume", "nowhere", flag, *value), f"{flag}: a resumed run keeps")
     assert not list(tmp_path.iterdir())
 
 
