@@ -1602,6 +1602,8 @@ def lesson(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print(f"stopped  saved; go on with: python 06_train.py --resume {run.folder}")
         raise SystemExit(130) from None
+    if args.quick:
+        print("quick    the numbers below are those of a model that has learnt nothing yet")
     model = gathered(model)
     if not rank_and_size()[0]:
         report(model.to(device), corpus, recipe, run, trained)

@@ -1243,8 +1243,10 @@ def begin_run(args: argparse.Namespace) -> Path:
 def begin_model(args: argparse.Namespace) -> tuple[base.DeepSeek, tiktoken.Encoding]:
     if args.init is None:
         return base.DeepSeek(TINY).to(args.device), byte_encoding()
-    model = base.DeepSeek.from_pretrained(args.init, args.device, torch.float32, with_mtp=False)
-    return model, base.load_encoding(args.init / "encoding.json")
+    inside = args.init / "checkpoint"  # of the folder of a run
+    folder = inside if inside.exists() else args.init
+    model = base.DeepSeek.from_pretrained(folder, args.device, torch.float32, with_mtp=False)
+    return model, base.load_encoding(folder / "encoding.json")
 
 
 def lesson(args: argparse.Namespace) -> None:
@@ -1304,6 +1306,8 @@ def lesson(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print(f"stopped  go on with: python 07_grpo.py --resume {folder}")
         raise SystemExit(130) from None
+    if args.quick:
+        print("quick    the numbers below are those of a model that has learnt nothing yet")
     after, said_after = look(), transcript(model, encoding, task, args.seed)
     verify_sampler(model, encoding, task)
     report(before, after, ceiling, metrics, recipe)

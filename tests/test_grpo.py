@@ -940,6 +940,8 @@ def test_the_command_from_nothing_and_from_a_checkpoint(tmp_path):
     trained = tmp_path / "grpo/rl/checkpoint"
     code, out, err = finish(start("--quick", "--init", str(trained), "--out", str(tmp_path)))
     assert code == 0, err
+    again = finish(start("--quick", "--init", str(trained.parent), "--out", str(tmp_path / "b")))
+    assert re.findall("measure  pass.*", again[1]) == re.findall("measure  pass.*", out)
     assert "ceiling" not in out and (tmp_path / "grpo-2/rl/checkpoint/config.json").exists()
 
 
