@@ -808,7 +808,7 @@ def experiment(out: Path) -> None:
         text = f"error beside 31,623-fold channels; 1,000-fold: {small:.3f}"
         measure(f"outliers_{name.replace(' ', '_')}", large, text)
     worst = {name: dict(curve)[4096] for name, curve in by_sum.items()}
-    text = "largest error, K = 4096, emulated   [1], on chip: nearly 2 %"
+    text = "largest error, K = 4096, emulated; [1]: 2 % on a chip"
     measure("sum_of_14_bits", worst["14 bits throughout"], text)
     measure("sum_promoted_every_128", worst["to fp32 every 128"], "the same, to fp32 every 128")
     a, b = torch.randn(256, 4096), torch.randn(512, 4096)
