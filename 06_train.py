@@ -1157,7 +1157,7 @@ def train(
     per_step = recipe.batch_size * recipe.context * recipe.accumulate
     share = lambda: state["seconds"] / 60 / minutes if minutes else state["step"] / recipe.steps
     device = model.lm_head.weight.device
-    agreed = lambda own: over_ranks(torch.tensor(own, device=device).double(), "mean").item()
+    agreed = lambda own: over_ranks(torch.tensor(float(own), device=device), "mean").item()
     # a slice of the held-out text for the curve; all of it is read once, at the end
     probe = corpus.held_out[: 32 * recipe.context + 1]
     model.train()
