@@ -1,0 +1,6 @@
+"""Two tests at a time (`pytest -n 2`) get a thread each: with more they would wait for each other."""
+
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for all children
