@@ -1,4 +1,4 @@
-"""Two tests at a time (`pytest -n 2`) get a thread each: with more they would wait for each other."""
+"""Tests run two at a time (`pytest -n 2`) get a thread each: with more they wait for each other."""
 
 import os
 
