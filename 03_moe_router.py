@@ -1121,6 +1121,8 @@ def main() -> None:
     cli.add_argument("--bench", action="store_true", help="also time it against PyTorch's own")
     cli.add_argument("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
+    if args.out.exists() and not args.out.is_dir():
+        cli.error(f"--out {args.out} is a file: want a folder")
     try:
         device = torch.device(args.device)
         torch.zeros(1, dtype=torch.float64, device=device).item()  # the checks need float64

@@ -936,6 +936,8 @@ def main() -> None:
     cli.add_argument("--bench", action="store_true", help="also time it")
     cli.add_argument("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
+    if args.out.exists() and not args.out.is_dir():
+        cli.error(f"--out {args.out} is a file: want a folder")
     try:
         device = torch.device(args.device)
         torch.zeros(1, device=device).to(torch.float8_e4m3fn).float().item()

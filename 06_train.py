@@ -1485,6 +1485,8 @@ def arguments() -> argparse.Namespace:
     add("--bench", action="store_true", help="only time a training step, against torch's own parts")
     add("--out", type=Path, default=Path("runs"), help="folder of the runs (%(default)s/)")
     args = cli.parse_args()
+    if args.out.exists() and not args.out.is_dir():
+        cli.error(f"--out {args.out} is a file: want a folder")
     for name in ("steps", "minutes"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:

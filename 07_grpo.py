@@ -1206,6 +1206,8 @@ def arguments() -> argparse.Namespace:
     add("--bench", action="store_true", help="also time sampling, with a cache and without")
     add("--out", type=Path, default=Path("runs"), help="folder of the runs (%(default)s/)")
     args = cli.parse_args()
+    if args.out.exists() and not args.out.is_dir():
+        cli.error(f"--out {args.out} is a file: want a folder")
     if args.steps is not None and args.steps < 1:
         cli.error(f"--steps must be positive, got {args.steps}")
     for name in KEPT if args.resume else ():

@@ -996,6 +996,8 @@ def arguments() -> argparse.Namespace:
     add("--no-mtp", action="store_true", help="decode without drafts")
     add("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
+    if args.out.exists() and not args.out.is_dir():
+        cli.error(f"--out {args.out} is a file: want a folder")
     if args.folder is None and (args.save or args.fp8):
         cli.error("--save and --fp8 want a FOLDER")
     try:

@@ -553,6 +553,8 @@ def arguments() -> argparse.Namespace:
     add("--device", default=default, help="of your own speed: cpu, cuda, … (%(default)s)")
     add("--out", type=Path, default="runs", help="folder of the figures (%(default)s/)")
     args = cli.parse_args()
+    if args.out.exists() and not args.out.is_dir():
+        cli.error(f"--out {args.out} is a file: want a folder")
     if args.preset and args.config:
         cli.error("--preset or --config, not both")
     try:

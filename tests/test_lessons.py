@@ -13,7 +13,8 @@ import torch
 
 receipt = import_module("benchmarks.record").receipt
 
-CHAPTERS = sorted(Path(__file__).resolve().parents[1].glob("0[1-5]_*.py"))
+ROOT = Path(__file__).resolve().parents[1]
+CHAPTERS = sorted(ROOT.glob("0[1-5]_*.py"))
 SLOW = set()  # stems of chapters whose plain run takes over 20 s on two cores
 SCREEN = (45, 120)  # lines, columns
 MINUTE = 60  # seconds
@@ -77,3 +78,14 @@ def test_a_device_that_is_none(chapter, tmp_path):
     *usage, message = done.stderr.splitlines()
     assert "nonsense" in message and "Traceback" not in done.stderr
     assert all(line.startswith(("usage:", " ")) for line in usage)  # argparse's own lines
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("0*.py")), ids=lambda path: path.stem)
+def test_a_folder_that_is_a_file(path, tmp_path):
+    """Said at once, and not by a traceback behind the last check."""
+    (tmp_path / "file").write_text("mine")
+    command = [sys.executable, str(path), "--out", str(tmp_path / "file")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=MINUTE)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is a file: want a folder" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
