@@ -1151,7 +1151,7 @@ def train(
     if resume and not run.is_young():
         state = run.restore(model, optimizer)
     folder.mkdir(parents=True, exist_ok=True)
-    if not rank:
+    if resume and not rank:
         run.forget_after(state["step"])
     rows = batches(corpus.train, recipe, seed, state["step"] * recipe.accumulate)
     per_step = recipe.batch_size * recipe.context * recipe.accumulate

@@ -929,9 +929,9 @@ def finish(process):
     return process.returncode, out, err
 
 
-def test_the_command_from_nothing_and_from_a_checkpoint(tmp_path):
-    code, out, err = finish(start("--quick", "--out", str(tmp_path)))
-    assert code == 0, err
+def test_the_command_from_nothing_and_from_a_checkpoint(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    out = whole[1]
     for name in ("pass_at_1_before", "pass_at_1_after", "greedy_after", "ceiling", "length_ratio",
                  "pass_at_8_before", "completions_per_second", "bf16_gap"):  # fmt: skip
         assert f"measure  {name} " in out
@@ -985,10 +985,17 @@ def test_own_answers_are_right_and_one_a_problem():
     assert pairs == chapter.own_answers(model, ENCODING, task, 140, 3, seed=1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["int", "kill"])
-def test_a_killed_command_goes_on_to_the_same_end(tmp_path, number):
-    code, _, err = finish(start("--quick", "--out", str(tmp_path / "whole")))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a quick run that nobody stops prints, and where it lies."""
+    folder = tmp_path_factory.mktemp("whole")
+    code, out, err = finish(start("--quick", "--out", str(folder)))
     assert code == 0, err
+    return folder, out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["int", "kill"])
+def test_a_killed_command_goes_on_to_the_same_end(tmp_path, number, whole):
     process = start("--quick", "--out", str(tmp_path))
     metrics = tmp_path / "grpo/cold/metrics.jsonl"
     for _ in range(1200):
@@ -1002,12 +1009,8 @@ def test_a_killed_command_goes_on_to_the_same_end(tmp_path, number):
     code, out, err = finish(start("--resume", str(tmp_path / "grpo")))
     assert code == 0, err
     assert "measure  pass_at_1_after" in out
-    ends = [
-        path / "grpo/rl/checkpoint/model.safetensors" for path in (tmp_path, tmp_path / "whole")
-    ]
+    ends = [path / "grpo/rl/checkpoint/model.safetensors" for path in (tmp_path, whole[0])]
     assert ends[0].read_bytes() == ends[1].read_bytes()
-    code, _, err = finish(start("--resume", str(tmp_path / "grpo"), "--steps", "9"))
-    assert code == 2 and "--steps: a resumed run keeps" in err
 
 
 def test_a_task_in_a_file_is_found_again_from_elsewhere(tmp_path):
@@ -1050,18 +1053,21 @@ def test_a_checkpoint_is_saved_over_what_a_kill_has_left(tmp_path):
     (("--init", "/nowhere"), "/nowhere"),
     (("--resume", "/nowhere"), "--resume /nowhere is no folder of a run"),
     (("--steps", "0"), "--steps must be positive, got 0"),
+    (("--resume", "/nowhere", "--steps", "9"), "--steps: a resumed run keeps"),
     (("--task", "LAZY:Lazy"), "doesn't say what its problems are"),
     (("--task", "LAZY:Long"), "are over 512"),
 ])  # fmt: skip
-def test_the_command_refuses_and_leaves_nothing(args, message, tmp_path):
+def test_the_command_refuses_and_leaves_nothing(args, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "lazy.py").write_text(
         "from importlib import import_module\ngrpo = import_module('07_grpo')\n"
         "class Lazy(grpo.Task):\n    clean = cold = None\n"
         "class Long(grpo.Clock):\n    max_new_tokens = 510\n"
     )
     args = [arg.replace("LAZY", str(tmp_path / "lazy.py")) for arg in args]
-    code, out, err = finish(start(*args, "--out", str(tmp_path / "runs")))
-    assert code == 2 and message in err and "Traceback" not in err
+    monkeypatch.setattr(sys, "argv", ["07_grpo.py", *args, "--out", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit) as stopped:
+        chapter.main()
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
