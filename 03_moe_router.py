@@ -624,7 +624,8 @@ class Experts(nn.Module):
         sizes, P, row = load, N * K, torch.arange(N * K, device=x.device)
         # oneDNN compiles a bf16 product for each new number of rows, and these change every step.
         if kind == "cpu" and x.dtype.itemsize == 2 and N * K > 16 * len(load):
-            sizes = (load + 15) // 16 * 16
+            unit = 64 if N * K >= 256 * len(load) else 16
+            sizes = (load + unit - 1) // unit * unit
             P = int(sizes.sum())
             row = row + (sizes - load).cumsum(0).repeat_interleave(load)  # the filling comes first
         token_of_row = order.new_zeros(P)  # a row that only fills up repeats token 0, with weight 0
