@@ -410,7 +410,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = args.store or Path(folder)
         if args.what == "trl":
-            return trl(store)
+            return trl(store, steps=args.steps or 10)
         work, report, kinds, steps = jobs_of[args.what]
         every = range(args.seeds)
         jobs = [(kind, seed) for kind in kinds for seed in every] if kinds else list(every)
