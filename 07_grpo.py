@@ -32,8 +32,8 @@ hides that, four of five examples answer at once; then rewards alone. Measured o
 of the three has seen.
 
 Run:  python 07_grpo.py [--quick | --bench | --resume RUN]          3 to 4 minutes on two CPU cores
-      python 07_grpo.py --further           R1's third and fourth stage too: 2 minutes longer
-      python 07_grpo.py --preset beyond     600 steps of rewards for a weak base: 8 minutes
+      python 07_grpo.py --further           R1's third and fourth stage too
+      python 07_grpo.py --preset beyond     600 steps of rewards for a weak base
 """
 
 import argparse
