@@ -622,7 +622,8 @@ class Experts(nn.Module):
             return self.of_few(x, indices, weights)
         order = indices.flatten().argsort(stable=True)  # the (token, k) pairs by expert: N·K
         sizes, P, row = load, N * K, torch.arange(N * K, device=x.device)
-        # oneDNN compiles a bf16 product for each new number of rows, and these change every step.
+        # oneDNN compiles a bf16 product for each new number of rows, and these change every step:
+        # it is spared most of that where the rows that fill up are few beside an expert's own.
         if kind == "cpu" and x.dtype.itemsize == 2 and N * K > 16 * len(load):
             unit = 64 if N * K >= 256 * len(load) else 16
             sizes = (load + unit - 1) // unit * unit

@@ -5,10 +5,10 @@
 #   "safetensors>=0.4.5", "tqdm>=4.66",
 # ]
 # ///
-r"""06 · Training: the tested pieces become a whole DeepSeek-V3, and five minutes teach it Python.
+r"""06 · Training: the tested pieces become a whole DeepSeek-V3, and a few minutes teach it Python.
 
 V3 was pre-trained in 2.664 million GPU hours [1]. The same architecture, small, on two CPU cores:
-after five minutes it predicts Python that it has never seen better than `xz -9` can pack it.
+after some minutes it predicts Python that it has never seen better than `xz -9` can pack it.
 
     Python's library ─► documents ─► BPE ─► one stream of tokens ─► windows (B, T + 1)
                            └─ 5 % of the bytes held out, whole files, by the hash of their content
@@ -30,8 +30,8 @@ after five minutes it predicts Python that it has never seen better than `xz -9`
     E, K  n_routed_experts, …_per_tok    16, 2  256, 8
     V     vocab_size                      4096  129280
 
-Run:  python 06_train.py [--quick | --bench | --resume RUN]          5 minutes on two CPU cores
-      torchrun --nproc-per-node 8 06_train.py --preset small         the same run on 8 GPUs (FSDP2)
+Run:  python 06_train.py [--quick | --bench | --resume RUN]          5 to 7 minutes on two CPU cores
+      torchrun --nproc-per-node 8 06_train.py --preset small       on 8 GPUs (FSDP2; not tried yet)
 """
 
 import argparse
@@ -843,6 +843,18 @@ class Corpus:
     folder: Path
 
 
+FILES = "encoding.json", "train", "held_out"  # and rivals.json, last, with their sizes
+
+
+def intact(folder: Path) -> bool:
+    """Has `prepare` written all there is, and is it still as long?"""
+    try:
+        sizes = json.loads((folder / "rivals.json").read_text())["sizes"]
+        return all((folder / name).stat().st_size == sizes[name] for name in FILES)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
 def prepare(documents: list[bytes], vocabulary: int | str, cache: Path) -> Corpus:
     """Tokenizer, token files and compressors' results, kept under `cache` for the same documents.
 
@@ -865,25 +877,13 @@ def prepare(documents: list[bytes], vocabulary: int | str, cache: Path) -> Corpu
         for name, part in ("train", train), ("held_out", held_out):
             save_whole(folder / name, lambda path, part=part: write_tokens(encoding, part, path))
         rivals = compressors(b"".join(train), b"".join(held_out))
-        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name in FILES}
+        sizes = {name: (folder / name).stat().st_size for name in FILES}
         text = json.dumps({"rivals": rivals, "sizes": sizes})
         save_whole(folder / "rivals.json", lambda path: path.write_text(text))
     encoding = load_encoding(folder / "encoding.json")
     streams = (np.memmap(folder / name, token_dtype(encoding), "r") for name in FILES[1:])
     rivals = json.loads((folder / "rivals.json").read_text())["rivals"]
     return Corpus(encoding, *streams, sum(map(len, held_out)), rivals, folder)
-
-
-FILES = "encoding.json", "train", "held_out"
-
-
-def intact(folder: Path) -> bool:
-    """Has `prepare` written all, rivals.json last, and is it still as long?"""
-    try:
-        sizes = json.loads((folder / "rivals.json").read_text())["sizes"]
-        return all((folder / name).stat().st_size == sizes[name] for name in FILES)
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
 
 
 def token_dtype(encoding: tiktoken.Encoding) -> type:
@@ -937,13 +937,9 @@ def batches(tokens: np.ndarray, recipe: Recipe, seed: int, skip: int) -> Iterato
     """(batch_size, context + 1) int64, the same for the same seed; the first `skip` are left out.
 
     Every epoch cuts the stream at another offset and shuffles the windows. Of several processes
-    each gets its share of the rows.
+    each gets its `own_rows`.
     """
-    (rank, ranks) = rank_and_size()
-    if recipe.batch_size % ranks:
-        raise ValueError(
-            f"a batch of {recipe.batch_size} rows can't be shared by {ranks} processes"
-        )
+    own = own_rows(recipe.batch_size)
     windows = (len(tokens) - 1) // recipe.context - 1
     if windows < recipe.batch_size:
         raise ValueError(
@@ -957,8 +953,7 @@ def batches(tokens: np.ndarray, recipe: Recipe, seed: int, skip: int) -> Iterato
             rng = np.random.default_rng((seed, epoch))
             offset, order = rng.integers(recipe.context), rng.permutation(windows)
         chosen = order[place * recipe.batch_size :][: recipe.batch_size] * recipe.context + offset
-        chosen = chosen[rank::ranks]
-        rows = [tokens[start : start + recipe.context + 1].astype(np.int64) for start in chosen]
+        rows = [tokens[at : at + recipe.context + 1].astype(np.int64) for at in chosen[own]]
         yield torch.from_numpy(np.stack(rows))
 
 
@@ -1091,9 +1086,8 @@ class Run:
         """Weights and moments into place -> the state that was saved beside them."""
         with first_rank_first():
             if not self.checkpoint.exists() and (self.folder / "checkpoint.old").exists():
-                os.replace(
-                    self.folder / "checkpoint.old", self.checkpoint
-                )  # killed between renames
+                # killed between renames
+                os.replace(self.folder / "checkpoint.old", self.checkpoint)
         saved = DeepSeek.from_pretrained(self.checkpoint)
         if saved.config != model.config:
             raise ValueError(f"{self.checkpoint} holds a model of another config")
@@ -1163,9 +1157,8 @@ def train(
     model.train()
     reported = int(share() * reports)
     total = None if minutes else recipe.steps
-    first = state["step"]
-    progress = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, disable=rank > 0)
-    with progress as bar, interrupts() as interrupted:
+    shown = {"total": total, "initial": state["step"], "unit": "step", "dynamic_ncols": True}
+    with tqdm(**shown, disable=rank > 0) as bar, interrupts() as interrupted:
         while share() < 1 and not stop:
             begin, scale = time.perf_counter(), recipe.scale(share())
             parts = [next(rows) for _ in range(recipe.accumulate)]
@@ -1208,6 +1201,14 @@ def train(
 
 def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def own_rows(batch_size: int) -> slice:
+    """This process's rows of a batch. ValueError: they don't come out even."""
+    rank, ranks = rank_and_size()
+    if batch_size % ranks:
+        raise ValueError(f"a batch of {batch_size} rows can't be shared by {ranks} processes")
+    return slice(rank, None, ranks)
 
 
 @contextlib.contextmanager
@@ -1566,6 +1567,7 @@ def lesson(args: argparse.Namespace) -> None:
     except Exception as error:  # each backend raises a type of its own
         reason = str(error).splitlines()[0][:100]
         raise ValueError(f"cannot run on --device {args.device}: {reason}") from None
+    own_rows(recipe.batch_size)  # raises
     torch.manual_seed(args.seed)
     if args.bench:
         return bench(DeepSeek(config, args.precision).to(device), recipe, args.seed)

@@ -494,9 +494,8 @@ class Countdown(Task):
         found = parse(response)
         numbers, _, target = problem.prompt.rstrip(": ").partition(" to ")
         used = [text.lstrip("0") for text in re.findall(r"\d+", found[1] if found else "")]
-        given = [
-            text.lstrip("0") for text in numbers.split()
-        ]  # as text: int() refuses 5,000 digits
+        # as text, without zeros in front: int() refuses 5,000 digits
+        given = [text.lstrip("0") for text in numbers.split()]
         return sorted(used) == sorted(given) and calculate(found[1]) == int(target)
 
 
@@ -942,7 +941,7 @@ def own_answers(
 ) -> list[tuple[str, str]]:  # fmt: skip
     """Rejection sampling: the first right answer, if one of `samples` is, to training problems.
 
-    -> (prompt, response) pairs, which `train_examples` can learn from ([2] §3, third stage).
+    -> (prompt, response) pairs, for `train_examples` to pick from (third stage: [2] v1, §2.3).
     """
     rng = random.Random(f"collect {seed}")
     asked = [task.problem(rng, held_out=False) for _ in range(problems)]
@@ -1284,7 +1283,7 @@ def lesson(args: argparse.Namespace) -> None:
     verify_equations()
     print(f"run      {folder}   {sum(p.numel() for p in model.parameters()):,} parameters")
     look = lambda: evaluate(model, encoding, task, problems)
-    ceiling, later = None, {}
+    ceiling, later = None, {}  # what --further finds, stage by stage
     try:
         examples = partial(train_examples, encoding=encoding, seed=args.seed)
         if args.init is None:

@@ -60,7 +60,8 @@ def main() -> None:
     cli.add_argument("--device", default=default, help="cpu, cuda, cuda:1, … (%(default)s)")
     cli.add_argument("--seeds", type=int, default=3, help="runs of each kind (%(default)s)")
     cli.add_argument("--steps", type=int, help="instead of a default run's")
-    cli.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS[:-1])
+    cli.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS[:-1],
+                     help="of the runs; bf16 is always made (all but fp8_blocks)")  # fmt: skip
     args = cli.parse_args()
     try:
         torch.zeros(1, device=args.device).item()

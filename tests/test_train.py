@@ -1396,6 +1396,19 @@ def test_a_line_that_was_cut_in_two(reference, corpus, tmp_path):
     assert losses(folder) == losses(reference[1])
 
 
+def test_two_processes_may_write_the_same_file(tmp_path, monkeypatch):
+    path = tmp_path / "train"
+
+    def slowly(fresh):
+        fresh.write_text("one")
+        monkeypatch.setattr(os, "getpid", lambda: 2)  # meanwhile another writes all of it
+        chapter.save_whole(path, lambda other: other.write_text("two"))
+        assert path.read_text() == "two"
+
+    chapter.save_whole(path, slowly)
+    assert path.read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["train"]
+
+
 def test_killed_before_the_first_checkpoint(reference, corpus, tmp_path, monkeypatch):
     for step in 1, 2:  # the second: when the first probe was logged, and nothing saved yet
         folder = tmp_path / str(step)
@@ -1722,9 +1735,11 @@ def test_torchrun_from_the_command_line(tmp_path):
     assert len({m["name"] for m in measures}) == len(measures) > 8 and len(checks) == 4
     assert all(check["ok"] for check in checks)
     assert [path.name for path in tmp_path.glob("quick*")] == ["quick"]
+    flags[-1] = tmp_path / "three"
     done = torchrun("06_train.py", *flags, processes=3)
     assert done.returncode != 0 and "8 rows can't be shared by 3 processes" in done.stderr
     assert "Traceback" not in done.stderr.split("torch/distributed")[0]
+    assert not flags[-1].exists()  # said before any work
 
 
 # The command --------------------------------------------------------------------------------
