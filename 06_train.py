@@ -5,10 +5,10 @@
 #   "safetensors>=0.4.5", "tqdm>=4.66",
 # ]
 # ///
-r"""06 · Training: the tested pieces become a whole DeepSeek-V3, and a few minutes teach it Python.
+r"""06 · Training: the tested pieces become a whole DeepSeek-V3, and five minutes teach it Python.
 
 V3 was pre-trained in 2.664 million GPU hours [1]. The same architecture, small, on two CPU cores:
-after some minutes it predicts Python that it has never seen better than `xz -9` can pack it.
+after five minutes it predicts Python that it has never seen better than `xz -9` can pack it.
 
     Python's library ─► documents ─► BPE ─► one stream of tokens ─► windows (B, T + 1)
                            └─ 5 % of the bytes held out, whole files, by the hash of their content
@@ -30,7 +30,7 @@ after some minutes it predicts Python that it has never seen better than `xz -9`
     E, K  n_routed_experts, …_per_tok    16, 2  256, 8
     V     vocab_size                      4096  129280
 
-Run:  python 06_train.py [--quick | --bench | --resume RUN]          5 to 7 minutes on two CPU cores
+Run:  python 06_train.py [--quick | --bench | --resume RUN]          5 minutes on two CPU cores
       torchrun --nproc-per-node 8 06_train.py --preset small       on 8 GPUs (FSDP2; not tried yet)
 """
 
@@ -635,7 +635,7 @@ V3 = DeepSeekConfig(
     rope_scaling=V3_YARN, max_position_embeddings=163840, num_nextn_predict_layers=1
 )  # fmt: skip
 PRESETS = {
-    "nano": (NANO, Recipe(1300, 256, 8, learning_rate=5e-3, bias_update_speed=0.003)),
+    "nano": (NANO, Recipe(1000, 256, 8, learning_rate=5e-3, bias_update_speed=0.003)),
     "mini": (MINI, Recipe(4000, 1024, 16, learning_rate=1.5e-3)),
     "small": (SMALL, Recipe(40_000, 2048, 16, accumulate=2, learning_rate=6e-4)),
     "v2-lite": (V2_LITE, None),  # trained on clusters: here for their sizes

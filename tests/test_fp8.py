@@ -105,6 +105,19 @@ def test_leading_axes_are_only_many():
     assert torch.equal(dequantize(codes, scales)[3], dequantize(one_codes, one_scales))
 
 
+def test_all_256_codes_mean_what_the_cast_makes_of_them():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    for some in codes[None], codes[::3][None], codes.view(16, 16).T, codes[None, :0]:
+        got = dequantize(some, torch.full((len(some), -(-some.shape[1] // 128)), 2.0))
+        torch.testing.assert_close(got, 2 * some.float(), rtol=0, atol=0, equal_nan=True)
+    with torch.inference_mode():
+        fp8.e4m3_values.cache_clear()
+        dequantize(codes[None], torch.ones(1, 2))
+    layer, x = FP8Linear(8, 8), torch.randn(3, 8)  # learns, whoever filled the table
+    layer(x).sum().backward()
+    assert layer.weight.grad.isfinite().all()
+
+
 def test_zeros_stay_zeros_and_small_numbers_survive():
     x = torch.zeros(2, 256)
     x[1, :128] = 1e-8 * torch.randn(128)  # a gradient
