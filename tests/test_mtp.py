@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 mtp = import_module("05_mtp")
 chapter = import_module("06_train")
+bench = import_module("benchmarks.mtp")
 MTPModule, TinyBlock, TinyModel = mtp.MTPModule, mtp.TinyBlock, mtp.TinyModel
 EXACT = 1e-12
 
@@ -685,6 +686,39 @@ def test_gap_of_logits_where_two_texts_part():
     want = (logits[plain[3]] - logits[other[3]]).item()
     assert want > 0 and mtp.logit_gap(model, [1, 2], plain, other) == pytest.approx(want)
     assert mtp.logit_gap(model, [1, 2], plain, plain) == 0
+
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_recorded_passes_write_the_same_texts(device):
+    """Alone and together, prompts of all lengths: on a CPU a pass is called instead of replayed."""
+    model = deepseek().to(device)
+    recorded = copy.deepcopy(model)
+    bench.record_passes(recorded)
+    for prompts in prompts_of(41, (1, 9, 40)), prompts_of(41, (30,)), prompts_of(41, (2, 2, 2)):
+        for options in {}, {"speculative": True}, {}:  # the last finds all that it needs recorded
+            want = model.generate(prompts, 50, **options)
+            got = recorded.generate(prompts, 50, **options)
+            gaps = [mtp.logit_gap(model, *texts) for texts in zip(prompts, want, got, strict=True)]
+            assert max(gaps) <= (0 if device == "cpu" else 1e-2)
+    # (B, width) of the passes: 3 rows or 1, 1 token or 2; the module after a draft that was refused
+    assert {key[-1] for key in recorded.hidden.recorded} == {(B, T) for B in (1, 3) for T in (1, 2)}
+    assert 2 <= len(recorded.mtp[0].forward.recorded) <= 4
+    worse = mtp.corrupted(recorded.mtp[0], 3.0)  # records anew, what is computed by its own weights
+    assert not worse.forward.recorded and worse.forward.function.__self__ is worse
+
+
+def test_a_graph_finds_a_cache_where_it_was_recorded():
+    cache = bench.FixedCache(2, 8, 4, 2)
+    lengths, entries = cache.lengths, cache.entries
+    assert cache.append(torch.ones(2, 3, 4), torch.ones(2, 3, 2)) is entries
+    cache.truncate(torch.tensor([1, 2]))
+    cache.append(2 * torch.ones(2, 1, 4), 2 * torch.ones(2, 1, 2))
+    assert cache.lengths is lengths and cache.entries is entries and cache.used == 8
+    assert lengths.tolist() == [2, 3]
+    assert entries[:, :4, 0].tolist() == [[1, 2, 1, 0], [1, 1, 2, 0]]  # what is stale stays
 
 
 def test_expected_speedup():
