@@ -6,7 +6,7 @@ seen against. fp8_blocks, if asked for, gives dgrad 128×128 scales for dy in th
 in the experts: what made a 16B model diverge ([1] B.2).
 Each run has one thread; as many run at a time as there are cores.
 
-Run:  python benchmarks/fp8.py --seeds 1          21 minutes on two CPU cores, three seeds longer
+Run:  python benchmarks/fp8.py          50 minutes on two CPU cores
       [1] DeepSeek-V3, arXiv:2412.19437: a relative loss error under 0.25 %
 """
 
