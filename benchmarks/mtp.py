@@ -185,7 +185,7 @@ def main() -> None:
     cli.add_argument("run", type=Path, nargs="?", help="folder of a run of 06_train.py")
     cli.add_argument("--ablation", type=int, metavar="STEPS", help="train with and without MTP")
     cli.add_argument("--device", default=default, help="cpu, cuda, cuda:1, … (%(default)s)")
-    cli.add_argument("--graphs", action="store_true", help="CUDA graphs decode")
+    cli.add_argument("--graphs", action="store_true", help="decode by CUDA graphs")
     cli.add_argument("--seed", type=int, default=0, help="of drawn text (%(default)s)")
     cli.add_argument("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
@@ -196,6 +196,8 @@ def main() -> None:
         cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
     if (args.run is None) == (args.ablation is None):
         cli.error("want the folder of a run, or --ablation STEPS")
+    if args.graphs and (device.type != "cuda" or not args.run):
+        cli.error(f"--graphs wants a run and a GPU, got --device {args.device}")
     if args.ablation is not None and args.ablation < 1:
         cli.error(f"--ablation must be positive, got {args.ablation}")
     torch.manual_seed(args.seed)
