@@ -37,6 +37,7 @@ Run:  python 03_moe_router.py [--bench]          16 s on one CPU core, 21 s with
 """
 
 import argparse
+import os
 import statistics
 import time
 from pathlib import Path
@@ -597,6 +598,16 @@ class _ExpertsInBlocks(torch.autograd.Function):
         return dx.to(x.dtype), d_weights, d_gate_up_proj, d_down_proj, None, None
 
 
+def filled_up(load: Tensor, pairs: int) -> Tensor:
+    """load: (E,) rows of the experts, `pairs` together -> the same in units of 16 or of 64.
+
+    oneDNN compiles a bf16 product for each new number of rows, and these change every step: it is
+    spared most of that where the rows that fill up are few beside an expert's own.
+    """
+    unit = 64 if pairs >= 256 * len(load) else 16
+    return (load + unit - 1) // unit * unit
+
+
 class Experts(nn.Module):
     """E SwiGLUs in two stacks: gate_up_proj (E, 2I, D), the gate's rows first; down_proj (E, D, I).
 
@@ -622,11 +633,8 @@ class Experts(nn.Module):
             return self.of_few(x, indices, weights)
         order = indices.flatten().argsort(stable=True)  # the (token, k) pairs by expert: N·K
         sizes, P, row = load, N * K, torch.arange(N * K, device=x.device)
-        # oneDNN compiles a bf16 product for each new number of rows, and these change every step:
-        # it is spared most of that where the rows that fill up are few beside an expert's own.
         if kind == "cpu" and x.dtype.itemsize == 2 and N * K > 16 * len(load):
-            unit = 64 if N * K >= 256 * len(load) else 16
-            sizes = (load + unit - 1) // unit * unit
+            sizes = filled_up(load, N * K)
             P = int(sizes.sum())
             row = row + (sizes - load).cumsum(0).repeat_interleave(load)  # the filling comes first
         token_of_row = order.new_zeros(P)  # a row that only fills up repeats token 0, with weight 0
@@ -1130,6 +1138,8 @@ def main() -> None:
         torch.zeros(1, dtype=torch.float64, device=device).item()  # the checks need float64
     except Exception as error:  # each backend raises a type of its own
         cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
+    # oneDNN keeps 1,024 compiled products: in --bench a rival would push out those of another
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     torch.manual_seed(args.seed)
     verify_layer(device)
     if device.type == "cuda" and triton is not None:
