@@ -33,7 +33,7 @@ a router left alone does the opposite: who is chosen improves, and who is better
     G     n_group                   4  8       the K lie in topk_group = 2 (V3: 4) of G groups
     I     moe_intermediate_size    24  2048    and n_shared_experts = 1, that every token visits
 
-Run:  python 03_moe_router.py [--bench]          16 s on one CPU core, 21 s with --bench
+Run:  python 03_moe_router.py [--bench]          16 s on one CPU core, 30 s with --bench
 """
 
 import argparse

@@ -482,8 +482,8 @@ def quantize_along(
         return launch_along(x, x_scales, ends, power_of_two)
     values = x if x_scales is None else dequantize(x, x_scales)
     if ends is None:
-        filled = F.pad(values, (0, 0, 0, -len(x) % 128))
-        return quantize_tiles(filled.T.contiguous(), power_of_two)
+        padded = F.pad(values, (0, 0, 0, -len(x) % 128))  # (P, C)
+        return quantize_tiles(padded.T.contiguous(), power_of_two)
     sizes = ends.diff(prepend=ends.new_zeros(1))  # (E,)
     filled = (sizes + 127) // 128 * 128
     filling = (filled - sizes).cumsum(0) - (filled - sizes)  # (E,) that of the experts before
@@ -514,7 +514,7 @@ def _check(name: str, codes: Tensor, scales: Tensor) -> bool:
 
 @cache
 def e4m3_values() -> Tensor:
-    """What the codes 0 to 255 stand for, fp32."""
+    """What the codes 0 to 255 stand for: (256,) fp32."""
     return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
@@ -522,7 +522,7 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     """codes · scale in fp32, for what quantize_tiles or quantize_blocks made: (..., N, K)."""
     if not _check("codes", codes, scales):
         scales = scales.repeat_interleave(128, -2)[..., : codes.shape[-2], :]
-    if codes.device.type == "cpu":  # looked up: a cast takes three times as long
+    if codes.device.type == "cpu":  # looked up, which is faster than a cast
         places = codes.contiguous().view(torch.uint8).flatten().int()
         values = e4m3_values().index_select(0, places).view(codes.shape)
     else:

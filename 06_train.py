@@ -1567,7 +1567,7 @@ def lesson(args: argparse.Namespace) -> None:
     except Exception as error:  # each backend raises a type of its own
         reason = str(error).splitlines()[0][:100]
         raise ValueError(f"cannot run on --device {args.device}: {reason}") from None
-    own_rows(recipe.batch_size)  # raises
+    own_rows(recipe.batch_size)  # raises, before any work, if they can't be shared
     torch.manual_seed(args.seed)
     if args.bench:
         return bench(DeepSeek(config, args.precision).to(device), recipe, args.seed)

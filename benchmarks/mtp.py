@@ -5,12 +5,13 @@ must be the same token for token with drafts and without. Costs and speeds are o
 interleaved, medians. The figure shows acceptance by position and kind of token, and speed-up
 against acceptance.
 
---graphs: passes and drafts are CUDA graphs, with drafts and without. From Python a small model's
-pass takes as long as its launches, whatever it computes. (Not yet run on a GPU.)
+--graphs: passes and drafts are CUDA graphs, with drafts and without, so that what Python takes to
+launch them is not what is compared. (Not yet run on a GPU.)
 --ablation N instead trains the nano model for N steps with MTP and without, three seeds each, and
 compares the main head's held-out loss.
 
-Run:  python benchmarks/mtp.py runs/nano [--graphs] 1 minute on two CPU cores
+Run:  python benchmarks/mtp.py runs/nano            1 minute on two CPU cores
+      python benchmarks/mtp.py runs/nano --graphs   needs a GPU
       python benchmarks/mtp.py --ablation 600      11 minutes
 """
 
@@ -53,7 +54,8 @@ class FixedCache(chapter.mla.LatentCache):
 class Replay:
     """`function(*inputs, caches)` for one or two tokens as a CUDA graph, one for each shape.
 
-    caches: a FixedCache or a list of them. Whatever else it is called with it just calls.
+    inputs: (B, T) or (B, T, C), caches: a FixedCache or a list of them. With anything else, and for
+    more tokens, it just calls.
     """
 
     def __init__(self, function: Callable):
