@@ -523,7 +523,7 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     if not _check("codes", codes, scales):
         scales = scales.repeat_interleave(128, -2)[..., : codes.shape[-2], :]
     if codes.device.type == "cpu":  # looked up, which is faster than a cast
-        places = codes.contiguous().view(torch.uint8).flatten().int()
+        places = codes.view(torch.uint8).flatten().int()
         values = e4m3_values().index_select(0, places).view(codes.shape)
     else:
         values = codes.float()
