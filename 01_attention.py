@@ -33,7 +33,7 @@ between heads shrinks it 16 or 128 times; what V3 does instead is chapter 02.
 
 V3 has no G: its config says num_key_value_heads = 128, and MLA (chapter 02) ignores it.
 
-Run:  python 01_attention.py [--bench]          3 s on two CPU cores, 20 s with --bench
+Run:  python 01_attention.py [--bench]          4 s on two CPU cores, 22 s with --bench
 """
 
 import argparse

@@ -35,7 +35,7 @@ nobody has to spell them out, for a matrix may change sides in a product: q·(W 
     R     qk_rope_head_dim        8       64    64     head in q_b_proj (q_proj when there is
     V     v_head_dim             12      128   128     no Q), W_O in o_proj.
 
-Run:  python 02_mla.py [--bench]          10 s on two CPU cores, 12 s with --bench
+Run:  python 02_mla.py [--bench]          10 s on two CPU cores, 17 s with --bench
 """
 
 import argparse

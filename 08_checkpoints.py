@@ -34,7 +34,7 @@ their Triton backends. Neither was run here.
     [1] DeepSeek-V3, arXiv:2412.19437, and its repository's README_WEIGHTS.md
     [2] tensor listings of the released checkpoints    [3] DeepSeek-R1, arXiv:2501.12948
 
-Run:  python 08_checkpoints.py [FOLDER [--save NEW]]     a chat with what is in FOLDER; alone: 20 s
+Run:  python 08_checkpoints.py [FOLDER [--save NEW]]     a chat with what is in FOLDER; alone: 10 s
 """
 
 import argparse

@@ -6,7 +6,7 @@ the same number of tokens greedily behind prompts of equal length, through its o
 transformers' two kinds of experts the faster counts. Interleaved in one process, medians. Memory is
 the peak of a process of its own, loading included.
 
-Run:  python benchmarks/checkpoints.py          6 minutes on two CPU cores
+Run:  python benchmarks/checkpoints.py          5 minutes on two CPU cores
 """
 
 import argparse

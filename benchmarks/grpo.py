@@ -11,7 +11,7 @@ r"""What GRPO does on other seeds, for longer, in variants, with a leaky reward,
 Each run has one thread; as many run at a time as there are cores. Intervals are over seeds: the
 mean plus or minus the standard deviation.
 
-Run:  python benchmarks/grpo.py seeds          20 minutes on two CPU cores
+Run:  python benchmarks/grpo.py seeds          13 minutes on two CPU cores
 """
 
 import argparse
