@@ -299,11 +299,19 @@ def fitting(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) 
 if triton is not None:
 
     @triton.jit
-    def _rows(at, row, count, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-        """Channels FIRST to FIRST + WIDTH of these rows; 0 past the last row or channel D."""
+    def _rows(
+        at, row, count, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+        CUT: tl.constexpr = True,
+    ):  # fmt: skip
+        """Channels FIRST to FIRST + WIDTH of these rows; 0 past channel D or (CUT) the last row."""
         d = FIRST + tl.arange(0, WIDTH)
-        inside = (row[:, None] < count) & (d[None, :] < D)
-        return tl.load(at + row[:, None].to(tl.int64) * stride + d[None, :], mask=inside, other=0.0)
+        place = at + row[:, None].to(tl.int64) * stride + d[None, :]
+        if FIRST + WIDTH > D:
+            inside = (row[:, None] < count) & (d[None, :] < D)
+            return tl.load(place, mask=inside, other=0.0)
+        if CUT:
+            return tl.load(place, mask=row[:, None] < count, other=0.0)
+        return tl.load(place)
 
     @triton.jit
     def _write(at, value, row, count, stride, FIRST: tl.constexpr, D: tl.constexpr):
@@ -319,7 +327,8 @@ if triton is not None:
         VP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """BM queries of one head; q_b, …: strides. scale: of scores in base 2; out: whole rows."""
-        tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those that see most keys begin first
+        head = tl.program_id(1).to(tl.int64)
         b, h = head // H, head % H
         q += b * q_b + h * q_h
         k += b * k_b + h // PER_GROUP * k_g
@@ -331,27 +340,39 @@ if triton is not None:
         row_max, row_sum = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
         total = tl.zeros((BM, VP), tl.float32)
         end = tl.minimum(S, S - T + (tile + 1) * BM) if CAUSAL else S
-        for start in range(0, end, BN):
-            n = start + tl.arange(0, BN)
-            k1 = _rows(k, n, S, k_s, 0, D1, D)
-            scores = tl.dot(q1, k1.T, input_precision=PRECISION)  # (BM, BN)
-            if D2:
-                k2 = _rows(k, n, S, k_s, D1, D2, D)
-                scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
-            seen = n[None, :] < S
-            if CAUSAL:
-                seen = seen & (n[None, :] <= S - T + m[:, None])
-            scores = tl.where(seen, scores * scale, float("-inf"))
-            new_max = tl.maximum(row_max, tl.max(scores, 1))  # finite: every row sees key 0
-            weights = tl.math.exp2(scores - new_max[:, None])
-            shrink = tl.math.exp2(row_max - new_max)
-            row_sum = row_sum * shrink + tl.sum(weights, 1)
-            v_tile = _rows(v, n, S, v_s, 0, VP, V)
-            weights = weights.to(v_tile.dtype)
-            total = tl.dot(weights, v_tile, total * shrink[:, None], input_precision=PRECISION)
-            row_max = new_max
+        whole = (S - T + tile * BM + 1 if CAUSAL else S) // BN * BN  # keys that all BM queries see
+        for CUT in tl.static_range(0, 2):
+            for start in range(whole if CUT else 0, end if CUT else whole, BN):
+                n = start + tl.arange(0, BN)
+                k1 = _rows(k, n, S, k_s, 0, D1, D, CUT)
+                scores = tl.dot(q1, k1.T, input_precision=PRECISION)  # (BM, BN)
+                if D2:
+                    k2 = _rows(k, n, S, k_s, D1, D2, D, CUT)
+                    scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
+                if CUT:
+                    seen = n[None, :] < S
+                    if CAUSAL:
+                        seen = seen & (n[None, :] <= S - T + m[:, None])
+                    scores = tl.where(seen, scores, float("-inf"))
+                new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)  # finite: all see key 0
+                weights = tl.math.exp2(scores * scale - new_max[:, None])  # one multiply-add each
+                shrink = tl.math.exp2(row_max - new_max)
+                row_sum = row_sum * shrink + tl.sum(weights, 1)
+                v_tile = _rows(v, n, S, v_s, 0, VP, V, CUT)
+                weights = weights.to(v_tile.dtype)
+                total = tl.dot(weights, v_tile, total * shrink[:, None], input_precision=PRECISION)
+                row_max = new_max
         _write(out + head * T * V, total / row_sum[:, None], m, T, V, 0, V)
         tl.store(lse + head * T + m, row_max + tl.math.log2(row_sum), mask=m < T)
+
+    @triton.jit
+    def flash_delta_kernel(
+        out, do, delta, rows, V: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr
+    ):
+        """Σ do·out of each row, what softmax takes off in backward."""
+        m = tl.program_id(0) * BM + tl.arange(0, BM)
+        a, b = _rows(out, m, rows, V, 0, VP, V), _rows(do, m, rows, V, 0, VP, V)
+        tl.store(delta + m, tl.sum(a.to(tl.float32) * b.to(tl.float32), 1), mask=m < rows)
 
     @triton.jit
     def flash_keys_kernel(
@@ -362,7 +383,7 @@ if triton is not None:
     ):  # fmt: skip
         """dk and dv of BN keys, over all queries of all heads that share them: no atomic sums.
 
-        delta: Σ do·out of each row; ds = weights · (do vᵀ − delta), dk = dsᵀ q, dv = weightsᵀ do.
+        ds = weights · (do vᵀ − delta), dk = dsᵀ q, dv = weightsᵀ do.
         """
         tile, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
         b, g = group // G, group % G
@@ -379,10 +400,8 @@ if triton is not None:
             q_head = q + b * q_b + (g * PER_GROUP + h) * q_h
             for start in range(first, T, BM):
                 m = start + tl.arange(0, BM)
-                q1, do_tile = (
-                    _rows(q_head, m, T, q_t, 0, D1, D),
-                    _rows(do + head * T * V, m, T, V, 0, VP, V),
-                )
+                q1 = _rows(q_head, m, T, q_t, 0, D1, D)
+                do_tile = _rows(do + head * T * V, m, T, V, 0, VP, V)
                 scores = tl.dot(k1, q1.T, input_precision=PRECISION)  # (BN, BM)
                 if D2:
                     q2 = _rows(q_head, m, T, q_t, D1, D2, D)
@@ -412,7 +431,7 @@ if triton is not None:
         VP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """dq = ds k of BM queries of one head."""
-        tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        tile, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
         b, h = head // H, head % H
         q += b * q_b + h * q_h
         k += b * k_b + h // PER_GROUP * k_g
@@ -425,21 +444,23 @@ if triton is not None:
         row_lse = tl.load(lse + head * T + m, mask=m < T, other=float("inf"))
         row_delta = tl.load(delta + head * T + m, mask=m < T, other=0.0)
         end = tl.minimum(S, S - T + (tile + 1) * BM) if CAUSAL else S
-        for start in range(0, end, BN):
-            n = start + tl.arange(0, BN)
-            k1, v_tile = _rows(k, n, S, k_s, 0, D1, D), _rows(v, n, S, v_s, 0, VP, V)
-            scores = tl.dot(q1, k1.T, input_precision=PRECISION)
-            if D2:
-                k2 = _rows(k, n, S, k_s, D1, D2, D)
-                scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
-            weights = tl.math.exp2(scores * scale - row_lse[:, None])
-            if CAUSAL:  # keys past the last are 0, and so is what they add to dq
-                weights = tl.where(n[None, :] <= S - T + m[:, None], weights, 0.0)
-            dp = tl.dot(do_tile, v_tile.T, input_precision=PRECISION)
-            ds = (weights * (dp - row_delta[:, None])).to(k1.dtype)
-            dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
-            if D2:
-                dq2 = tl.dot(ds, k2, dq2, input_precision=PRECISION)
+        whole = (S - T + tile * BM + 1 if CAUSAL else S) // BN * BN
+        for CUT in tl.static_range(0, 2):
+            for start in range(whole if CUT else 0, end if CUT else whole, BN):
+                n = start + tl.arange(0, BN)
+                k1, v_tile = _rows(k, n, S, k_s, 0, D1, D, CUT), _rows(v, n, S, v_s, 0, VP, V, CUT)
+                scores = tl.dot(q1, k1.T, input_precision=PRECISION)
+                if D2:
+                    k2 = _rows(k, n, S, k_s, D1, D2, D, CUT)
+                    scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
+                weights = tl.math.exp2(scores * scale - row_lse[:, None])
+                if CUT and CAUSAL:  # keys past the last are 0, and so is what they add to dq
+                    weights = tl.where(n[None, :] <= S - T + m[:, None], weights, 0.0)
+                dp = tl.dot(do_tile, v_tile.T, input_precision=PRECISION)
+                ds = (weights * (dp - row_delta[:, None])).to(k1.dtype)
+                dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+                if D2:
+                    dq2 = tl.dot(ds, k2, dq2, input_precision=PRECISION)
         _write(dq + head * T * D, dq1 * natural_scale, m, T, D, 0, D)
         if D2:
             _write(dq + head * T * D, dq2 * natural_scale, m, T, D, D1, D)
@@ -456,9 +477,10 @@ def flash_configs(D: int, V: int, itemsize: int, capability: tuple[int, int]) ->
             "queries": (32, 32, 8, 1) if 128 < widest <= 192 else (16, 16, 8, 1),
         }
     if widest > 192:
-        return dict.fromkeys(("forward", "keys", "queries"), (32, 32, 8, 1))
+        return {"forward": (32, 32, 8, 1), "keys": (32, 32, 8, 1), "queries": (32, 32, 4, 1)}
     if capability[0] == 9:  # wgmma wants 64 rows
-        keys, queries = (64 if widest <= 128 else 32, 64, 8, 2), (128, 64, 8, 2)
+        keys = (64 if widest <= 128 else 32, 64, 4, 2)  # spills 184 bytes, and is fastest
+        queries = (128, 64 if widest <= 128 else 32, 8, 3)
         return {"forward": (128, 64, 8, 3), "keys": keys, "queries": queries}
     if capability[0] == 10:
         forward = (128, 64, 8, 3) if widest > 64 else (64, 64, 8, 2)
@@ -504,7 +526,11 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx, do):
         q, k, v, out, lse = ctx.saved_tensors
         causal, scale, base_2 = ctx.settings
-        delta, do = (do.float() * out).sum(-1), do.contiguous()
+        do, delta, (*_, V) = do.contiguous(), torch.empty_like(lse), out.shape
+        with torch.cuda.device_of(q):
+            flash_delta_kernel[(triton.cdiv(lse.numel(), 32),)](
+                out, do, delta, lse.numel(), V=V, VP=max(16, triton.next_power_of_2(V)), BM=32
+            )
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         for kernel, which, wanted in (
             (flash_keys_kernel, "keys", [dk, dv]),
@@ -533,7 +559,7 @@ def flash_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     narrow = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.dtype == k.dtype
     if mask is None and q.is_cuda and triton is not None and narrow and q.numel() and S:
-        if max(q.shape[-1], v.shape[-1]) <= 256 and v.dtype == k.dtype:
+        if max(q.shape[-1], v.shape[-1]) <= 256 and v.dtype == k.dtype and scale > 0:
             return _FlashAttention.apply(q, k, v, causal, scale)
     for start in range(0, T, block):
         stop = min(start + block, T)
@@ -905,7 +931,7 @@ def bench_kernels(device: torch.device) -> None:
             }
             flops = B * H * T * T * (D + V) / 1e9  # of forward, half of T² hidden, per ms
             for which, tasks in passes.items():
-                ms = race(tasks, device)
+                ms = {n: triton.testing.do_bench(t, return_mode="median") for n, t in tasks.items()}
                 speed = flops * (1 if which == "forward" else 2.5) / ms["flash"]
                 others = [f"{n} {ms['flash'] / t:.2f}x" for n, t in ms.items() if n != "flash"]
                 text = f"TFLOP/s; its time beside {', '.join(others) or 'none'}"

@@ -325,15 +325,26 @@ if triton is not None:
 
     @triton.jit
     def grouped_weights_kernel(
-        grad, x, out, ends, source, N, K, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr
-    ):
-        """One tile (BN, BK) of out[e] = Σ grad[m] x[m]ᵀ over the rows of expert e: (E, N, K)."""
+        grad, x, out, ends, source, grad_box, x_box, N, K,
+        TMA: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    ):  # fmt: skip
+        """One tile (BN, BK) of out[e] = Σ grad[m] x[m]ᵀ over the rows of expert e: (E, N, K).
+
+        TMA: descriptors of grad and x fetch all rows but the last few, which a mask must end.
+        """
         tiles_k = tl.cdiv(K, BK)
         tile, expert = tl.program_id(0), tl.program_id(1)
-        n, k = tile // tiles_k * BN + tl.arange(0, BN), tile % tiles_k * BK + tl.arange(0, BK)
+        n0, k0 = tile // tiles_k * BN, tile % tiles_k * BK
+        n, k = n0 + tl.arange(0, BN), k0 + tl.arange(0, BK)
         first_row = tl.load(ends + expert - 1, mask=expert > 0, other=0)
         last_row = tl.load(ends + expert)
         total = tl.zeros((BN, BK), tl.float32)
+        if TMA:
+            whole = (last_row - first_row) // BR * BR
+            for start in range(first_row, first_row + whole, BR):
+                g, rows = grad_box.load([start, n0]), x_box.load([start, k0])
+                total = tl.dot(g.T, rows, total)
+            first_row += whole
         for start in range(first_row, last_row, BR):
             m = start + tl.arange(0, BR)
             row, ours = m, m[:, None] < last_row
@@ -348,6 +359,33 @@ if triton is not None:
         inside = (n[:, None] < N) & (k[None, :] < K)
         tl.store(at, total.to(out.dtype.element_ty), mask=inside)
 
+    @triton.jit
+    def swiglu_kernel(gate_up, weights, out, I, BLOCK: tl.constexpr):
+        """One row of silu(gate) · up · its weight, all products in fp32."""
+        row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        gate = tl.load(gate_up + row * 2 * I + i, mask=i < I, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + row * 2 * I + I + i, mask=i < I, other=0.0).to(tl.float32)
+        weight = tl.load(weights + row).to(tl.float32)
+        value = gate * tl.sigmoid(gate) * up * weight
+        tl.store(out + row * I + i, value.to(out.dtype.element_ty), mask=i < I)
+
+    @triton.jit
+    def swiglu_backward_kernel(
+        grad, gate_up, weights, d_gate_up, d_weights, I, BLOCK: tl.constexpr
+    ):
+        row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        gate = tl.load(gate_up + row * 2 * I + i, mask=i < I, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + row * 2 * I + I + i, mask=i < I, other=0.0).to(tl.float32)
+        g = tl.load(grad + row * I + i, mask=i < I, other=0.0).to(tl.float32)
+        bend = tl.sigmoid(gate)
+        silu = gate * bend
+        tl.store(d_weights + row, tl.sum(g * silu * up, 0).to(d_weights.dtype.element_ty))
+        g *= tl.load(weights + row).to(tl.float32)
+        d_gate = g * up * (bend + silu * (1 - bend))
+        at, kind = d_gate_up + row * 2 * I + i, d_gate_up.dtype.element_ty
+        tl.store(at, d_gate.to(kind), mask=i < I)
+        tl.store(at + I, (g * silu).to(kind), mask=i < I)
+
 
 def grouped_configs(which: str, itemsize: int, capability: tuple[int, int]) -> list[tuple]:
     """(tile, warps, stages, TMA) of what may run, the first unless a timing says otherwise.
@@ -359,12 +397,11 @@ def grouped_configs(which: str, itemsize: int, capability: tuple[int, int]) -> l
         return [((32, 32, 32), 4, 2, False)]
     large = capability[0] in (9, 10) or capability == (8, 0)  # more than 99 KB of shared memory
     if which == "weights":  # row numbers are fetched before the rows: two more stages
-        deep, small = ((128, 128, 64), 8, 5, False), ((64, 64, 32), 4, 5, False)
-        return (
-            [deep, ((128, 128, 32), 4, 6, False)]
-            if large
-            else [((128, 128, 32), 8, 5, False), small]
-        )
+        deep, narrow = ((128, 128, 64), 8, 5, False), ((128, 128, 32), 4, 6, False)
+        if large and capability[0] > 8:
+            return [((128, 256, 64), 8, 3, True), ((128, 128, 64), 4, 4, True), narrow]
+        small = ((128, 128, 32), 8, 5, False), ((64, 64, 32), 4, 5, False)
+        return [deep, narrow] if large else list(small)
     if large and capability[0] > 8:
         tiles = ((128, 256, 64), 8, 3), ((128, 128, 64), 8, 4), ((64, 128, 64), 4, 4)
         return [*((*tile, True) for tile in tiles), *((*tile, False) for tile in tiles[1:])]
@@ -398,9 +435,15 @@ def grouped_launches(which: str, operands: tuple, out_dtype, ends: Tensor, turne
         options = {"num_warps": warps, "num_stages": stages}
         with torch.cuda.device_of(x):  # Triton launches on the current GPU, whatever x says
             if which == "weights":
-                BN, BK, BR = tile
+                (BN, BK, BR), rows, boxes = tile, source, (None, None)
+                if tma:  # a copy of the rows, and whole boxes of it, beat rows fetched one by one
+                    b, rows = (b, None) if source is None else (b.index_select(0, source), None)
+                    make = TensorDescriptor.from_tensor
+                    boxes = make(a, [BR, BN]), make(b, [BR, BK])
                 grid = triton.cdiv(N, BN) * triton.cdiv(K, BK), E
-                grouped_weights_kernel[grid](a, b, out, ends, source, N, K, *tile, **options)
+                grouped_weights_kernel[grid](
+                    a, b, out, ends, rows, *boxes, N, K, tma, *tile, **options
+                )
                 return out
             BM, BN, BK = tile
             programs = (M // BM + E) * triton.cdiv(N, BN)  # at most
@@ -501,6 +544,44 @@ class _GroupedKernels(torch.autograd.Function):
             dx = F.embedding_bag(rows_of_token, dx, mode="sum")
         dw = grouped_product("weights", (grad, x, token_of_row), ctx.dtype, ends)
         return dx, dw, None, None, None
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    """`weighted_swiglu` by kernels: each direction reads and writes every number once."""
+
+    @staticmethod
+    def forward(ctx, gate_up, weights):
+        P, I = len(gate_up), gate_up.shape[1] // 2
+        out = gate_up.new_empty(P, I)
+        ctx.save_for_backward(gate_up, weights)
+        if out.numel():
+            with torch.cuda.device_of(out):
+                swiglu_kernel[(P,)](gate_up, weights, out, I, BLOCK=triton.next_power_of_2(I))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate_up, weights = ctx.saved_tensors
+        P, I = grad.shape
+        d_gate_up, d_weights = torch.empty_like(gate_up), torch.zeros_like(weights)
+        if grad.numel():
+            with torch.cuda.device_of(grad):
+                swiglu_backward_kernel[(P,)](
+                    grad.contiguous(), gate_up, weights, d_gate_up, d_weights, I,
+                    BLOCK=triton.next_power_of_2(I),
+                )  # fmt: skip
+        return d_gate_up, d_weights
+
+
+def weighted_swiglu(gate_up: Tensor, weights: Tensor) -> Tensor:
+    """silu(gate) · up, each row times its weight: (P, 2I), the gate's half first, (P,) -> (P, I).
+
+    w·(W h) = W (w·h): so an expert's weight meets the narrow side of its second matrix.
+    """
+    if has_kernels(gate_up) and gate_up.shape[1] <= 2**15:
+        return _WeightedSwiGLU.apply(gate_up.contiguous(), weights.contiguous())
+    gate, up = gate_up.chunk(2, -1)  # (P, I) each
+    return F.silu(gate) * up * weights[:, None]
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -642,7 +723,6 @@ class Experts(nn.Module):
         row_of_pair = torch.empty_like(order)
         row_of_pair[order] = row
         row_weights = weights.new_zeros(P).scatter(0, row_of_pair, weights.flatten()).to(x.dtype)
-        # w·(W h) = W (w·h): the weight meets the narrow side, and combine is a plain sum
         if kind == "cpu" and self.grouped_gemm is None:
             stacks = self.gate_up_proj, self.down_proj
             return _ExpertsInBlocks.apply(x, row_weights, *stacks, token_of_row, sizes.tolist())
@@ -651,8 +731,7 @@ class Experts(nn.Module):
             gate_up = grouped_gemm(x, self.gate_up_proj, sizes, routes)  # (P, 2I)
         else:
             gate_up = product(_Dispatch.apply(x, *routes), self.gate_up_proj, sizes)
-        gate, up = gate_up.chunk(2, -1)  # (P, I) each
-        hidden = F.silu(gate) * up * row_weights[:, None]
+        hidden = weighted_swiglu(gate_up, row_weights)  # (P, I); what combines is a plain sum
         return _Combine.apply(product(hidden, self.down_proj, sizes), *routes)
 
     def of_few(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -803,7 +882,6 @@ def verify_layer(device: torch.device) -> None:
     check("and every gradient", gradients(got.square().sum(), moe, x), want_gradients, 1e-8)
 
 
-@torch.no_grad()
 def verify_kernels(device: torch.device) -> None:
     """The layer by kernels, fp32, beside the same in float64: output and gradients."""
     moe, x = MoE(96, 40, 16, 4), torch.randn(2, 50, 96)
@@ -1054,7 +1132,8 @@ def bench(device: torch.device) -> None:
         routes.append((indices, torch.rand(N, K, device=device), load))
 
     def step(function: Callable) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        narrow = dtype == torch.bfloat16 != dense.down_proj.weight.dtype
+        with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
             x_in = x.detach().to(dtype).requires_grad_()
             y = function(x_in)
         y.backward(upstream.to(y.dtype))
@@ -1070,7 +1149,14 @@ def bench(device: torch.device) -> None:
 
         return task
 
-    for dtype in torch.float32, torch.bfloat16:
+    for dtype, weights in (
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),  # by autocast
+        (torch.bfloat16, torch.bfloat16),
+    ):
+        if device.type == "cpu" and weights == torch.bfloat16:
+            break
+        experts.to(weights), dense.to(weights)
         tasks = {
             "dense": lambda: step(dense),
             "ours": routed(experts),
@@ -1079,7 +1165,7 @@ def bench(device: torch.device) -> None:
         if hasattr(F, "grouped_mm") and (device.type == "cpu" or dtype == torch.bfloat16):
             tasks["torch_grouped_mm"] = routed(experts, torch_grouped_mm)
         ms = race(tasks, device)
-        short = str(dtype).removeprefix("torch.")
+        short = str(dtype).removeprefix("torch.") + "_weights" * (dtype == weights != torch.float32)
         for name, value in ms.items():
             text = f"ms   {value / ms['dense']:.2f}x dense   N={N} D={D} I={I} E={E} K={K}"
             measure(f"step_{name}_{short}_ms", value, text)
@@ -1108,9 +1194,9 @@ def bench_kernels(device: torch.device) -> None:
     }
     for name, (ours, theirs) in products.items():
         ours()  # the first of its kind chooses a configuration
-        ms = race({"ours": ours, "theirs": theirs}, device)
-        text = f"TFLOP/s, {ms['theirs'] / ms['ours']:.2f}x torch's grouped_mm   bar 1"
-        measure(f"grouped_{name}", 2 * N * K * D * 2 * I / ms["ours"] / 1e9, text)
+        mine, other = (triton.testing.do_bench(f, return_mode="median") for f in (ours, theirs))
+        text = f"TFLOP/s, {other / mine:.2f}x torch's grouped_mm   bar 1"
+        measure(f"grouped_{name}", 2 * N * K * D * 2 * I / mine / 1e9, text)
 
 
 # %% Exercises -------------------------------------------------------------------------------

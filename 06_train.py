@@ -1435,18 +1435,21 @@ def bench(model: DeepSeek, recipe: Recipe, seed: int) -> None:
 
     ours, sliced = cpu_or_gpu_attention, model.nats
     variants = {
-        "ours": (ours, sliced),
-        "sdpa": (mla.padded_attention, sliced),
-        "logits": (ours, plain_nats),
+        "ours": (ours, sliced, ""),
+        "sdpa": (mla.padded_attention, sliced, "attention by SDPA"),
+        "flash": (attn.flash_attention, sliced, "attention by 01's kernels"),
+        "logits": (ours, plain_nats, "whole logits"),
     }
+    if model.lm_head.weight.device.type == "cpu":
+        del variants["flash"]  # its twin, which is not made to be fast
     model.train()
     times = {name: [] for name in variants}
     for _ in range(10):
         for name, variant in variants.items():
-            times[name].append(step(*variant))
+            times[name].append(step(*variant[:2]))
     del model.nats
     medians = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}  # [0]: warm
-    for name, text in ("ours", ""), ("sdpa", "attention by SDPA"), ("logits", "whole logits"):
+    for name, (*_, text) in variants.items():
         speed = recipe.batch_size * recipe.context / medians[name]
         ratio = f"{medians[name] / medians['ours']:.2f}x the time   {text}" if text else ""
         measure(f"step_{name}_tokens_per_second", speed, ratio)

@@ -31,7 +31,7 @@ def main() -> None:
     for capability in 89, 90, 100, 120:
         for rows, kind, config in ahead.shipped(fp8, capability):
             got = ahead.compile_gemm(fp8, capability, config, **kind)
-            how = [name for name in ("tma", "flatten", "roles", "swap") if getattr(config, name)]
+            how = [name for name in ("tma", "flatten", "swap") if getattr(config, name)]
             what = [kind.get("group", "dense"), kind.get("out", "bf16")]
             what += ["a_blocks"] * ("a_blocks" in kind) + ["b_tiles"] * ("b_blocks" in kind)
             tile = f"{config.BM}x{config.BN}", f"{config.warps}w", f"{config.stages}s"

@@ -82,7 +82,7 @@ def compile_gemm(fp8, capability: int, config, a_blocks=False, b_blocks=True, ou
     constants = dict.fromkeys(ones, 1) | ({} if group else {"ends": None})
     constants |= {"A_BLOCKS": kinds[0][1], "B_BLOCKS": kinds[1][1], "EXPERTS": 64 if group else 0}
     constants |= {"ALONG_K": group == "along", "BM": config.BM, "BN": config.BN, "GROUP": 8}
-    constants |= {"TMA": config.tma, "FLATTEN": config.flatten, "ROLES": config.roles}
+    constants |= {"TMA": config.tma, "FLATTEN": config.flatten}
     aligned = [name for name, kind in types.items() if kind[0] == "*"]
     aligned += ["N", "K", "out_m", "out_n", *(name for name in ("a_k", "b_n") if name not in ones)]
     launch = {"num_warps": config.warps, "num_stages": config.stages}
@@ -165,8 +165,15 @@ def compile_grouped(
         constants |= {"BM": BM, "BN": BN, "BK": BK, "GROUP": 8}
     else:
         types = {"grad": f"*{kind}", "x": f"*{kind}", "out": "*fp32"}
-        constants |= dict(zip(("BN", "BK", "BR"), tile, strict=True))
-    types |= {"ends": "*i32", "source": "*i64"} | numbers
+    types |= {"ends": "*i32", "source": "*i64"}
+    if which == "weights":
+        BN, BK, BR = tile
+        boxes = [f"tensordesc<{kind}[{BR},{n}]>" for n in (BN, BK)] if tma else ["*i8"] * 2
+        types |= dict(zip(("grad_box", "x_box"), boxes, strict=True))
+        constants |= {} if tma else {"grad_box": None, "x_box": None}
+        constants |= {"source": None} if tma else {}
+        constants |= {"TMA": tma, "BN": BN, "BK": BK, "BR": BR}
+    types |= numbers
     aligned = [name for name, kind in types.items() if kind[0] == "*"] + ["N", "K"]
     kernel = getattr(moe, f"grouped_{which}_kernel")
     launch = {"num_warps": warps, "num_stages": stages}

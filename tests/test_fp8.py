@@ -3,7 +3,6 @@
 import importlib.util
 import math
 from importlib import import_module
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -209,7 +208,7 @@ import torch
 fp8 = import_module("04_fp8_gemm")
 torch.manual_seed(0)
 random.seed(0)
-fp8.programs_at_a_time = lambda out, config: 2
+fp8.gpu = lambda device: ((9, 0), 2)
 """
 QUANTIZERS = """
 shapes = [(1, 1), (3, 127), (33, 129), (130, 256)]
@@ -310,7 +309,6 @@ def gradients():
 want = gradients()
 times = iter([2.0, 1.0, 3.0, 3.0, 3.0, 3.0] * 100)
 with patch.object(fp8, "has_kernels", lambda x: True), \
-        patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)), \
         patch.object(torch.cuda, "is_current_stream_capturing", lambda: False), \
         patch.object(fp8, "milliseconds", lambda run, want: next(times) + 0 * run().sum()):
     got = gradients()
@@ -347,7 +345,7 @@ CONFIGS = [
 
 @TRITON
 @pytest.mark.parametrize("capability, kind, config", CONFIGS)
-def test_gemm_compiles_without_a_spill(capability, kind, config, monkeypatch):
+def test_gemm_compiles_without_a_spill(capability, kind, config):
     """Every config that is shipped, for every kind of operand: FP8 tensor cores, shared memory."""
     got = compile_gemm(fp8, capability, config, **kind)
     assert got.spilled == 0
@@ -358,14 +356,9 @@ def test_gemm_compiles_without_a_spill(capability, kind, config, monkeypatch):
         assert "QGMMA" in got.sass and "HGMMA" not in got.sass
     if capability in (90, 100):
         assert ("UTMALDG" in got.sass) == config.tma
-        assert ("USETMAXREG" in got.sass) == config.roles
     if config.tma:  # a program that waits for a place would double the time
-        one = SimpleNamespace(multi_processor_count=1)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: one)
-        out = torch.empty(1, dtype=torch.float32 if "out" in kind else torch.bfloat16)
-        programs = fp8.programs_at_a_time(out, config)
-        assert programs * got.shared <= 227 * 2**10
-        assert config.roles or programs * got.registers * 32 * config.warps <= 2**16
+        assert config.each * (got.shared + 1024) <= 228 * 1024  # 1 KB of each is the system's
+        assert config.each * -(-got.registers // 8) * 8 * 32 * config.warps <= 2**16
 
 
 @TRITON
@@ -396,7 +389,9 @@ def test_kernels_on_a_gpu(M, N, K):
             assert torch.equal(codes.cpu().view(torch.uint8), want_codes.view(torch.uint8))
             assert torch.equal(scales.cpu(), want_scales)
         want = exact(*a) @ exact(*b).T
-        assert fp8.relative(fp8.fp8_gemm(*a, *b, torch.float32), want) <= 1e-6
+        # 128 terms are summed in 14 bits before a Blackwell: 1.2e-4 by hopper_sum
+        tol = 1e-6 if torch.cuda.get_device_capability()[0] >= 10 else 3e-4
+        assert fp8.relative(fp8.fp8_gemm(*a, *b, torch.float32), want) <= tol
     layer = FP8Linear(K, N, bias=False).cuda()
     y = layer(x.cuda().requires_grad_())
     y.backward(torch.randn_like(y))
