@@ -12,6 +12,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import torch
+
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "tests")]
 ahead = import_module("ahead")
 attn = import_module("01_attention")
@@ -36,6 +38,12 @@ def main() -> None:
             what += ["a_blocks"] * ("a_blocks" in kind) + ["b_tiles"] * ("b_blocks" in kind)
             tile = f"{config.BM}x{config.BN}", f"{config.warps}w", f"{config.stages}s"
             show("_".join((f"fp8_sm{capability}", f"M{rows}", *what, *tile, *how)), got)
+    for config in fp8.gemm_configs(4096, True, False, (9, 0), a_tiles=True):
+        for out in ("bf16", "fp32") if config.consumers else ():
+            stages = fp8.ring_stages(config, {"bf16": torch.bfloat16, "fp32": torch.float32}[out])
+            tile = f"{config.BM}x{config.BN}", f"{config.consumers}consumers", f"{stages}s"
+            got = ahead.compile_specialized(fp8, config, out)
+            show("_".join(("fp8_sm90", "M4096", "dense", out, *tile)), got)
     for capability in 80, 86, 90, 100, 120:
         for D, V in WIDTHS:
             for which in "forward", "keys", "queries":

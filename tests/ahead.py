@@ -104,12 +104,14 @@ def shipped(fp8, capability: int):
             yield rows, kind, config
 
 
-def compile_flash(attn, capability: int, which: str, D: int, V: int, kind="bf16", causal=True):
+def compile_flash(
+    attn, capability: int, which: str, D: int, V: int, kind="bf16", causal=True, S=4096
+):
     """A kernel of 01's as `_FlashAttention.launch` would have it."""
     import triton
 
     width = 4 if kind == "fp32" else 2
-    config = attn.flash_configs(D, V, width, divmod(capability, 10))[which]
+    config = attn.flash_configs(D, V, width, divmod(capability, 10), S)[which]
     BM, BN, warps, stages = config
     kernel = getattr(attn, f"flash_{which}_kernel")
     pointers = {"forward": ("out", "lse"), "keys": ("do", "lse", "delta", "dk", "dv")}
@@ -178,3 +180,27 @@ def compile_grouped(
     kernel = getattr(moe, f"grouped_{which}_kernel")
     launch = {"num_warps": warps, "num_stages": stages}
     return compile_for(capability, kernel, types, constants, aligned, **launch)
+
+
+def compile_specialized(fp8, config, out="bf16") -> Compiled:
+    """The Gluon kernel of 04's as `launch_specialized` would have it."""
+    from unittest.mock import patch
+
+    import torch
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    dtype = torch.float32 if out == "fp32" else torch.bfloat16
+    boxes = [("fp8e4nv", 64, 8), ("fp8e4nv", config.BN, 8), (out, 64, 8 * dtype.itemsize)]
+    a, b, c = (
+        f"tensordesc<{kind}[{rows},128],{gl.NVMMASharedLayout(128, bits, 2)!r}>"
+        for kind, rows, bits in boxes
+    )
+    types = {"a": a, "a_scales": "*fp32", "b": b, "b_scales": "*fp32", "out": c}
+    types |= dict.fromkeys(("M", "N", "K", "a_m", "a_k", "b_n", "b_k"), "i32")
+    constants = {"a_m": 1, "b_k": 1, "C": config.consumers}
+    constants |= {"STAGES": fp8.ring_stages(config, dtype)}
+    aligned = "a_scales", "b_scales", "M", "N", "K", "a_k"
+    with patch("triton.compiler.ASTSource", GluonASTSource):
+        kernel = fp8.specialized_gemm_kernel
+        return compile_for(90, kernel, types, constants, aligned, num_warps=4)

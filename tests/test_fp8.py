@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from ahead import SHARED_LIMIT, compile_for, compile_gemm, interpret, shipped
+from ahead import SHARED_LIMIT, compile_for, compile_gemm, compile_specialized, interpret, shipped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -361,6 +361,60 @@ def test_gemm_compiles_without_a_spill(capability, kind, config):
         assert config.each * -(-got.registers // 8) * 8 * 32 * config.warps <= 2**16
 
 
+HOPPER = fp8.gemm_configs(4096, True, False, (9, 0), a_tiles=True)
+SPECIALIZED = [config for config in HOPPER if config.consumers]
+
+
+@pytest.mark.parametrize("out", ["bf16", "fp32"])
+@pytest.mark.parametrize("config", SPECIALIZED, ids=lambda config: f"{config.consumers}-consumers")
+def test_specialized_gemm_compiles_without_a_spill(config, out):
+    """Registers move from the warp that loads to those that multiply, 64 rows of a tile each."""
+    got = compile_specialized(fp8, config, out)
+    assert got.spilled == 0 and got.shared <= 1024 * SHARED_LIMIT[90]
+    for instruction in "QGMMA.64x128x32", "UTMALDG", "UTMASTG", "USETMAXREG":
+        assert instruction in got.sass
+    assert "HGMMA" not in got.sass
+
+
+@TRITON
+def test_who_specializes():
+    """A Hopper, for many rows by tiles times blocks; it comes first, and no other kind has any."""
+    assert [config.consumers for config in HOPPER[:3]] == [2, 3, 0]
+    assert HOPPER[2:] == fp8.gemm_configs(4096, True, False, (9, 0))
+    others = [(128, True, False, (9, 0)), (4096, False, False, (9, 0)), (4096, True, True, (9, 0))]
+    others += [(4096, True, False, capability) for capability in ((8, 9), (10, 0), (12, 0))]
+    for kind in others:
+        assert not any(config.consumers for config in fp8.gemm_configs(*kind, a_tiles=True))
+
+
+@TRITON
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_product_finds_its_kernel(monkeypatch, capturing):
+    """On what says it is a Hopper: the candidates that `tuned_gemm` times, or the first of them."""
+    launched = []
+
+    def launch(a, a_scales, b, b_scales, out_dtype, config, ends, along_k):
+        launched.append(config)
+        return torch.ones(1)
+
+    monkeypatch.setattr(fp8, "launch_gemm", launch)
+    monkeypatch.setattr(fp8, "gpu", lambda device: ((9, 0), 132))
+    monkeypatch.setattr(fp8, "milliseconds", lambda run, want: float(run()))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    fp8.tuned.cache_clear()
+    for by in quantize_blocks, quantize_tiles:  # of the same sizes: neither takes the other's
+        for K, has_tma in (256, True), (250, False):
+            launched.clear()
+            a, b = by(torch.randn(300, K)), quantize_blocks(torch.randn(256, K))
+            fp8.tuned_gemm(*a, *b, torch.float32)
+            may = has_tma and by == quantize_tiles
+            assert {config.consumers for config in launched} >= ({2} if may else {0})
+            assert may or not any(config.consumers for config in launched)
+            assert capturing or len(launched) > 2 and not launched[0].consumers
+            assert not capturing or len(launched) == 1
+    fp8.tuned.cache_clear()
+
+
 @TRITON
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("blocks", [False, True], ids=["tiles", "blocks"])
@@ -396,6 +450,28 @@ def test_kernels_on_a_gpu(M, N, K):
     y = layer(x.cuda().requires_grad_())
     y.backward(torch.randn_like(y))
     assert layer.weight.grad.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("config", SPECIALIZED, ids=lambda config: f"{config.consumers}-consumers")
+@pytest.mark.parametrize(
+    "M, N, K",
+    [(1, 16, 16), (64, 128, 128), (200, 136, 384), (300, 257, 272), (1000, 1000, 1040)]
+    + [(4096, 2112, 2048)],
+)
+def test_specialized_gemm_on_a_hopper(M, N, K, config):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no Hopper")
+    a = quantize_tiles(torch.randn(M, K, device="cuda"))
+    b = quantize_blocks(torch.randn(N, K, device="cuda"))
+    want = exact(*a) @ exact(*b).T
+    by_rows = a[0], a[1].contiguous()  # scales row after row in memory do as well
+    for a_side in a, by_rows:
+        for dtype, tol in (torch.float32, 3e-4), (torch.bfloat16, 3e-3):  # sums of 14 bits
+            got = fp8.launch_gemm(*a_side, *b, dtype, config)
+            assert got.dtype == dtype and got.shape == (M, N) and got.is_contiguous()
+            assert fp8.relative(got, want) <= tol
 
 
 # Layers --------------------------------------------------------------------------------------

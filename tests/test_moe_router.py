@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from ahead import SHARED_LIMIT, compile_grouped, interpret
+from ahead import SHARED_LIMIT, compile_for, compile_grouped, interpret
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -736,6 +736,23 @@ for capability in (8, 0), (8, 6), (9, 0), (10, 0), (12, 0):
     compare([100, 0, 30, 130], 128, 136, torch.float16, every=True)
     compare([3, 90, 0], 128, 136, torch.float16, tokens=40, every=True)
 """,
+    "swiglu": """
+# beside float64, gradients too; combine beside embedding_bag
+from torch.nn import functional as F
+moe.has_kernels = lambda x: True
+for P, I in (7, 5), (3, 64), (1, 1):
+    gate_up, w = torch.randn(P, 2 * I, requires_grad=True), torch.rand(P, requires_grad=True)
+    got, upstream = moe.weighted_swiglu(gate_up, w), torch.randn(P, I)
+    gate, up = gate_up.double().chunk(2, -1)
+    want = F.silu(gate) * up * w.double()[:, None]
+    mine = torch.autograd.grad(got, (gate_up, w), upstream)
+    exact = torch.autograd.grad(want, (gate_up, w), upstream.double())
+    for a, b in zip((got, *mine), (want, *exact), strict=True):
+        assert (a - b).abs().max() <= 1e-5
+    rows, rows_of_token = torch.randn(9, 1030 * I), torch.randint(9, (P, 3))
+    want = F.embedding_bag(rows_of_token, rows, mode="sum")
+    assert (moe.combine(rows, rows_of_token) - want).abs().max() <= 1e-6
+""",
     "layer": """
 # the autograd function, and a whole layer, as a GPU runs them: the same gradients as on a CPU
 moe.has_kernels = lambda x: True
@@ -785,6 +802,22 @@ def test_grouped_compiles_without_a_spill(capability, which, turned, gather):
         each = 2 if which == "rows" and config[0][0] * config[0][1] <= 128 * 64 else 1
         assert each * got.shared <= 1024 * SHARED_LIMIT[capability]
         assert each * got.registers * 32 * config[1] <= 2**16
+
+
+@TRITON
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("capability", TENSOR_CORE)
+def test_swiglu_and_combine_compile_without_a_spill(capability, kind):
+    for kernel, names in (
+        (moe.swiglu_kernel, ("gate_up", "weights", "out")),
+        (moe.swiglu_backward_kernel, ("grad", "gate_up", "weights", "d_gate_up", "d_weights")),
+    ):
+        types = dict.fromkeys(names, f"*{kind}") | {"I": "i32"}
+        got = compile_for(capability, kernel, types, {"BLOCK": 2048}, [*names, "I"])
+        assert got.spilled == 0
+    types = {"rows": f"*{kind}", "rows_of_token": "*i64", "out": f"*{kind}", "D": "i32", "K": "i32"}
+    got = compile_for(capability, moe.combine_kernel, types, {"BLOCK": 1024}, [*types][:-1])
+    assert got.spilled == 0
 
 
 @TRITON
