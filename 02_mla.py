@@ -1348,7 +1348,7 @@ def bench(device: torch.device, S: int = 8192) -> None:
 @torch.no_grad()
 def bench_kernels(device: torch.device, S: int = 8192) -> None:
     """`mla_decode` where it waits for memory and where it computes, by CUDA graphs."""
-    ms_of = partial(triton.testing.do_bench_cudagraph, rep=200, return_mode="median")
+    ms_of = partial(triton.testing.do_bench_cudagraph, return_mode="median")
     bandwidth, _ = roof(device)
     for H, B, T in (16, 64, 1), (16, 64, 2), (128, 128, 1), (128, 32, 2):
         make = partial(torch.randn, device=device, dtype=torch.bfloat16)
