@@ -29,17 +29,18 @@ class Compiled(NamedTuple):
 
 
 def compile_for(
-    capability, kernel, types: dict, constants: dict, aligned=(), **options
+    capability, kernel, types: dict, constants: dict, aligned=(), source=None, **options
 ) -> Compiled:
     """types: argument -> "*bf16", "i32", …, in order; constants: of those that a launch makes so (a
-    stride of 1), then of the constexpr arguments, which follow."""
+    stride of 1), then of the constexpr arguments, which follow. source: Gluon's, of such a kernel.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature = types | dict.fromkeys(constants, "constexpr")
     names = list(signature)
-    source = ASTSource(
+    source = (source or ASTSource)(
         fn=kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
@@ -134,7 +135,7 @@ def compile_flash(
 def compile_decode(mla, capability: int, rows: int, kind="bf16", L=512, R=64, page=64):
     """The kernel of 02's as `launch_decode` would have it."""
     width = 4 if kind == "fp32" else 2
-    config = mla.decode_config(rows, L, width, divmod(capability, 10))
+    config = mla.decode_config(rows, L, width, divmod(capability, 10), bool(page))
     BM, BN, warps, stages, parts, _ = config
     types = {"q": f"*{kind}", "entries": f"*{kind}", "out": "*fp32", "lse": "*fp32"}
     types |= {"lengths": "*i64", "pages": "*i32"}
@@ -184,8 +185,6 @@ def compile_grouped(
 
 def compile_specialized(fp8, config, out="bf16") -> Compiled:
     """The Gluon kernel of 04's as `launch_specialized` would have it."""
-    from unittest.mock import patch
-
     import torch
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -201,6 +200,5 @@ def compile_specialized(fp8, config, out="bf16") -> Compiled:
     constants = {"a_m": 1, "b_k": 1, "C": config.consumers}
     constants |= {"STAGES": fp8.ring_stages(config, dtype)}
     aligned = "a_scales", "b_scales", "M", "N", "K", "a_k"
-    with patch("triton.compiler.ASTSource", GluonASTSource):
-        kernel = fp8.specialized_gemm_kernel
-        return compile_for(90, kernel, types, constants, aligned, num_warps=4)
+    kernel = fp8.specialized_gemm_kernel
+    return compile_for(90, kernel, types, constants, aligned, GluonASTSource, num_warps=4)

@@ -7,7 +7,6 @@ import math
 import re
 import warnings
 from importlib import import_module
-from unittest import mock
 
 import pytest
 import torch
@@ -896,6 +895,7 @@ CASES = {
 compare(1, 1, 1, 1, 8, 8)
 compare(2, 4, 1, 300, 16, 8, [300, 1])  # three chunks; two of the second row's are empty
 compare(2, 4, 2, 300, 16, 8, [257, 2])  # the last chunk holds one slot, and the first query 0
+compare(1, 2, 1, 2000, 8, 8, [1990])  # eleven chunks
 compare(3, 20, 1, 200, 40, 12, paged=True)
 compare(2, 17, 2, 129, 24, 8, [129, 128], paged=True)
 for _ in range(8):
@@ -908,8 +908,8 @@ for _ in range(8):
 # the tiles that GPUs run, forced onto the interpreter: fp16, for its products of bf16 are wrong
 for capability in (8, 0), (8, 6), (9, 0), (10, 0), (12, 0):
     for rows in 16, 32, 64, 128:
-        config = mla.decode_config(rows, 512, 2, capability)
         for paged in False, True:
+            config = mla.decode_config(rows, 512, 2, capability, paged)
             compare(1, rows // 2, 2, 140, 512, 64, [140], paged, torch.float16, config)
 compare(1, 128, 1, 70, 300, 24, [69], True, torch.float16)  # two parts, the second one narrower
 """,
@@ -944,7 +944,7 @@ SHIPPED = [
 def test_decode_compiles_without_a_spill(capability, rows, page):
     got = compile_decode(mla, capability, rows, page=page)
     assert got.spilled <= (128 if (capability, rows) == (90, 32) else 0)
-    _, _, warps, _, _, each = mla.decode_config(rows, 512, 2, divmod(capability, 10))
+    _, _, warps, _, _, each = mla.decode_config(rows, 512, 2, divmod(capability, 10), bool(page))
     assert each * got.shared <= 1024 * SHARED_LIMIT[capability]
     assert each * got.registers * 32 * warps <= 2**16
     assert ("mma.sync" if rows <= 32 else TENSOR_CORE[capability]) in got.ptx
@@ -995,8 +995,8 @@ def compile_hopper(kind, split, page, T):
     types |= dict.fromkeys(("p_b", "e_rows", "ROWS", "T", "chunk"), "i32") | {"scale": "fp32"}
     constants = ({"T": 1} if T == 1 else {}) | {"PAGE": page}
     aligned = ["out", "lse", "lengths", "pages", "e_rows", "ROWS", "chunk"]
-    with mock.patch("triton.compiler.ASTSource", GluonASTSource):
-        return compile_for(90, mla.mla_hopper_kernel, types, constants, aligned, num_warps=4)
+    kernel = mla.mla_hopper_kernel
+    return compile_for(90, kernel, types, constants, aligned, GluonASTSource, num_warps=4)
 
 
 @GLUON
@@ -1015,18 +1015,7 @@ def test_hopper_kernel_compiles_to_what_was_meant(kind, split, page, T):
 @GLUON
 @pytest.mark.parametrize(
     "change",
-    [
-        "none",
-        "fp32",
-        "heads",
-        "narrower",
-        "scale",
-        "GPU",
-        "queries",
-        "unaligned",
-        "apart",
-        "strided",
-    ],
+    "none fp32 heads narrower scale GPU queries unaligned apart strided".split(),
 )
 def test_hopper_kernel_is_for_what_it_takes(change, monkeypatch):
     found = (9, 0) if change != "GPU" else (10, 0)
