@@ -735,6 +735,7 @@ for capability in (8, 0), (8, 6), (9, 0), (10, 0), (12, 0):
     moe.grouped_configs = lambda which, size, _: real(which, size, capability)
     compare([100, 0, 30, 130], 128, 136, torch.float16, every=True)
     compare([3, 90, 0], 128, 136, torch.float16, tokens=40, every=True)
+compare([70, 0, 3], 33, 65, tokens=50, every=True)
 """,
     "swiglu": """
 # beside float64, gradients too; combine beside embedding_bag
@@ -826,9 +827,10 @@ def test_swiglu_and_combine_compile_without_a_spill(capability, kind):
 @pytest.mark.parametrize("capability", TENSOR_CORE)
 def test_grouped_compiles_in_other_widths(capability, kind):
     for which, turned, gather in KINDS:
-        config = moe.grouped_configs(which, 4 if kind == "fp32" else 2, divmod(capability, 10))[0]
-        got = compile_grouped(moe, capability, which, config, kind, turned, gather)
-        assert got.spilled == 0 and got.shared <= 1024 * SHARED_LIMIT[capability]
+        width = 4 if kind == "fp32" else 2
+        for config in moe.grouped_configs(which, width, divmod(capability, 10)):
+            got = compile_grouped(moe, capability, which, config, kind, turned, gather)
+            assert got.spilled == 0 and got.shared <= 1024 * SHARED_LIMIT[capability]
 
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
