@@ -441,11 +441,11 @@ try:
         from triton.experimental.gluon.language.nvidia.hopper.tma import (
             async_copy_global_to_shared as async_load,
         )
-    GLUON = True
+    HAS_GLUON = True
 except ImportError:  # no Triton, or one without these: the kernel above does it all
-    GLUON = False
+    HAS_GLUON = False
 
-if GLUON:
+if HAS_GLUON:
 
     @gluon.jit
     def publish(bar):
@@ -652,7 +652,7 @@ def fits_hopper(q: Tensor, entries: Tensor, kv_lora_rank: int, scale: float) -> 
     """Whether `mla_hopper_kernel` takes it: V3's widths, whole tiles of rows, what TMA can read."""
     (_, H, T, width), (e_b, e_s, _) = q.shape, entries.stride()
     return (
-        GLUON and gpu(q.device)[0] == (9, 0)
+        HAS_GLUON and gpu(q.device)[0] == (9, 0)
         and entries.dtype in (torch.bfloat16, torch.float16)
         and (kv_lora_rank, width) == (512, 576) and H * T % 64 == 0 and scale > 0
         and e_s >= width and e_s % 8 == 0 and e_b % e_s == 0

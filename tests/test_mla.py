@@ -980,7 +980,7 @@ def test_decode_on_a_gpu(H, T, paged, dtype):
 
 # The kernel for Hopper ----------------------------------------------------------------------
 
-GLUON = pytest.mark.skipif(not mla.GLUON, reason="no Triton with this Gluon here")
+GLUON = pytest.mark.skipif(not mla.HAS_GLUON, reason="no Triton with this Gluon here")
 
 
 def compile_hopper(kind, split, page, T):
