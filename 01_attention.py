@@ -251,6 +251,9 @@ class GroupedQueryAttention(nn.Module):
 
 
 # >>> copy: online_softmax_attention, flash_attention, tiled_attention (needs torch, triton, tl)
+from functools import lru_cache
+
+
 def online_softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, mask=None, block=128
 ) -> Tensor:
@@ -466,8 +469,18 @@ if triton is not None:
             _write(dq + head * T * D, dq2 * natural_scale, m, T, D, D1, D)
 
 
-def flash_configs(D: int, V: int, itemsize: int, capability: tuple, S: int = 4096) -> dict:
-    """(BM, BN, warps, stages) of each kernel for S keys; the tests compile them."""
+@lru_cache
+def gpu(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Its compute capability and how many SMs it has: asking takes as long as a small kernel."""
+    found = torch.cuda.get_device_properties(device)
+    return (found.major, found.minor), found.multi_processor_count
+
+
+def flash_configs(
+    D: int, V: int, itemsize: int, capability: tuple[int, int], S: int = 4096
+) -> dict[str, tuple[int, int, int, int]]:
+    """(BM, BN, warps, stages) of each kernel for S keys; the tests compile them, and find nothing
+    spilt but 184 bytes of a Hopper's keys."""
     widest = max(D, V)
     if itemsize == 4:
         small = (16, 16, 4, 1)
@@ -479,7 +492,7 @@ def flash_configs(D: int, V: int, itemsize: int, capability: tuple, S: int = 409
     if widest > 192:
         return {"forward": (32, 32, 8, 1), "keys": (32, 32, 8, 1), "queries": (32, 32, 4, 1)}
     if capability[0] == 9:  # wgmma wants 64 rows
-        keys = (64 if widest <= 128 else 32, 64, 4, 2)  # spills 184 bytes, and is fastest
+        keys = (64 if widest <= 128 else 32, 64, 4, 2)  # tiles that spill nothing are slower
         queries = (128, 64 if widest <= 128 else 32, 8, 3)
         small = widest <= 128 and S <= 8192  # two programs an SM; with more keys large ones win
         forward = (64, 64, 4, 3) if small else (128, 64, 8, 3)
@@ -498,7 +511,7 @@ class _FlashAttention(torch.autograd.Function):
     def launch(kernel, which: str, q, k, v, further: list, last: list, causal: bool) -> None:
         """A program for each tile of BM queries of a head, or of BN keys of a group."""
         (B, H, T, D), (G, S), V = q.shape, k.shape[1:3], v.shape[-1]
-        place = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
+        place = gpu(q.device)[0] if q.is_cuda else (8, 0)
         BM, BN, warps, stages = flash_configs(D, V, q.element_size(), place, S)[which]
         D1 = max(16, 1 << (D.bit_length() - 1))
         D2 = 0 if D <= D1 else max(16, triton.next_power_of_2(D - D1))
@@ -902,10 +915,11 @@ def draw_contexts(contexts: list[int], panels: dict[str, dict], out: Path) -> No
 
 def sdpa_by(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     """SDPA's own kernel, values padded where they must be as wide as keys; None: not here."""
+    D, V = q.shape[-1], v.shape[-1]
     try:
         with sdpa_kernel(backend):
-            wide = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
-            return F.scaled_dot_product_attention(q, k, wide, is_causal=True)[..., : v.shape[-1]]
+            wide = F.pad(v, (0, D - V)) if D > V else v
+            return F.scaled_dot_product_attention(q, k, wide, is_causal=True)[..., :V]
     except RuntimeError:
         return None
 
@@ -997,6 +1011,8 @@ def main() -> None:
         torch.zeros(1, dtype=torch.float64, device=device).item()  # the checks need float64
     except Exception as error:  # each backend raises a type of its own
         cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # graphs and timers are of the current one
     torch.manual_seed(args.seed)
     verify_attention(device)
     if device.type == "cuda" and triton is not None:

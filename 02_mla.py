@@ -673,7 +673,7 @@ def decode_config(
     """(BM, BN, warps, stages, parts of L, programs an SM holds); rows: heads · queries.
 
     The tests compile each for sm_80 to sm_120 and find nothing spilt, but 128 bytes at 32 rows on
-    Hopper: twice the warps spill none and take half as long again.
+    Hopper: twice the warps spill none, and are slower.
     """
     halves = 2 if L > 256 else 1
     if itemsize == 4:
@@ -682,7 +682,7 @@ def decode_config(
         return (16, 32, 4, 2, 1, 1) if rows <= 16 else (32, 16, 8, 2, 1, 1)
     if capability[0] == 9 and 16 < rows <= 32:
         return 32, 64, 4, 2, 1, 2
-    if capability[0] == 9 and rows <= 16 and not paged:  # pages that are looked up take turns, too
+    if capability[0] == 9 and rows <= 16 and not paged:  # paged: two programs, as below
         return 16, 64, 4, 3, 1, 1
     if rows <= 16:  # waits for memory: two programs take turns
         return (16, 32, 4, 2, 1, 2) if capability[0] == 8 else (16, 64, 4, 2, 1, 2)
@@ -696,12 +696,14 @@ def decode_config(
 
 
 @lru_cache
-def split_count(programs: int, S: int, at_a_time: int) -> int:
-    """Chunks of at least 128 of S slots, as many as make the last round of programs end first."""
-    steps = lambda n: triton.cdiv(programs * n, at_a_time) * triton.cdiv(S, n * 64)
-    return min(range(1, 1 + max(1, min(S // 128, 4 * at_a_time // programs))), key=steps)
+def split_count(programs: int, blocks: int, at_a_time: int) -> int:
+    """Into how many chunks of two blocks of 64 slots or more to cut a sequence: as many as make all
+    rounds of programs end after the fewest blocks."""
+    steps = lambda n: triton.cdiv(programs * n, at_a_time) * triton.cdiv(blocks, n)
+    return min(range(1, 1 + max(1, min(blocks // 2, 4 * at_a_time // programs))), key=steps)
 
 
+# same as 01_attention.py
 @lru_cache
 def gpu(device: torch.device) -> tuple[tuple[int, int], int]:
     """Its compute capability and how many SMs it has: asking takes as long as a small kernel."""
@@ -712,14 +714,16 @@ def gpu(device: torch.device) -> tuple[tuple[int, int], int]:
 def launch_decode(q, entries, kv_lora_rank: int, scale: float, lengths, pages, config) -> Tensor:
     """`mla_decode` by its kernels: as many chunks as keep the GPU busy, of 128 slots or more.
 
-    config: of `mla_decode_kernel`; None: `mla_hopper_kernel`, which has but one.
+    config: of `mla_decode_kernel`; None: `mla_hopper_kernel`, which has one shape.
     """
     BM, BN, warps, stages, parts, each = config or (64, 64, 4, 2, 1, 1)
     (B, H, T, width), L, PAGE = q.shape, kv_lora_rank, 0 if pages is None else entries.shape[1]
     S, R, ROWS = pages.shape[1] * PAGE if PAGE else entries.shape[1], width - L, H * T
-    q = q.to(entries.dtype).contiguous()
+    q, lengths = q.to(entries.dtype).contiguous(), lengths.contiguous()
+    pages = None if pages is None else pages.contiguous()
     programs = triton.cdiv(ROWS, BM) * parts * B
-    splits = split_count(programs, S, each * (gpu(q.device)[1] if q.is_cuda else 132))
+    at_a_time, blocks = each * (gpu(q.device)[1] if q.is_cuda else 132), triton.cdiv(S, 64)
+    splits = split_count(programs, blocks, at_a_time)
     chunk = triton.cdiv(S, splits * 64) * 64
     splits = triton.cdiv(S, chunk)
     out = torch.empty(B, H, T, L, dtype=entries.dtype, device=q.device)
@@ -774,8 +778,9 @@ def mla_decode(
     if mask is not None and lengths is not None:
         raise ValueError("want a mask or lengths, got both")
     differentiable = torch.is_grad_enabled() and (q.requires_grad or entries.requires_grad)
-    fits = triton is not None and kv_lora_rank <= 512 and width - kv_lora_rank <= 64 and S > 0
+    fits = triton is not None and kv_lora_rank <= 512 and width - kv_lora_rank <= 64
     fits = fits and (pages is None or size % 64 == 0) and entries.stride(-1) == 1
+    fits = fits and q.numel() > 0 and S > 0
     if q.is_cuda and lengths is None and mask is None and T == 1:
         lengths = q.new_full((B,), S, dtype=torch.int64)
     if q.is_cuda and fits and lengths is not None and not differentiable and entries.itemsize <= 4:
@@ -1221,9 +1226,9 @@ def decode_tasks(S: int, device: torch.device, dtype: torch.dtype) -> dict[str, 
 
 def roof(device: torch.device) -> tuple[float, float]:
     """GB/s of a copy and Gflop/s of a square product in bf16, as measured here and now."""
-    gpu = device.type == "cuda"
-    a = torch.empty(2**30 if gpu else 2**27, dtype=torch.uint8, device=device)
-    b, m = torch.zeros_like(a), 8192 if gpu else 1536
+    large = device.type == "cuda"
+    a = torch.empty(2**30 if large else 2**27, dtype=torch.uint8, device=device)
+    b, m = torch.zeros_like(a), 8192 if large else 1536
     x = torch.randn(m, m, device=device).bfloat16()
     tasks = {"copy": lambda: a.copy_(b), "product": lambda: x @ x}
     ms = race(tasks, device, rounds=3, graphs=False)  # they leave a copy to a slower engine
@@ -1335,7 +1340,7 @@ def bench(device: torch.device, S: int = 8192) -> None:
         (mine, _), (theirs, rival) = best["MLA absorbed"], best["MHA"]
         name = "bf16" if dtype is torch.bfloat16 else "fp32"
         bar = "   bar 2" if dtype is torch.bfloat16 and device.type == "cpu" else ""
-        text = f"x   MHA {theirs:.2f} ms ({rival}) / MLA {mine:.2f} ms{bar}"
+        text = f"x   MHA {theirs:.3g} ms ({rival}) / MLA {mine:.3g} ms{bar}"
         measure(f"absorbed_ratio_{name}", theirs / mine, text)
 
         layer = MultiHeadLatentAttention(**V2_LITE).to(device, dtype)
@@ -1351,7 +1356,7 @@ def bench(device: torch.device, S: int = 8192) -> None:
             layer(x, cache)
 
         ms = race({"MLA": decode, "MHA": partial(heads, x)}, device)
-        text = f"x   MHA {ms['MHA']:.2f} ms / MLA {ms['MLA']:.2f} ms"
+        text = f"x   MHA {ms['MHA']:.3g} ms / MLA {ms['MLA']:.3g} ms"
         measure(f"layer_ratio_{name}", ms["MHA"] / ms["MLA"], text)
 
 
@@ -1383,7 +1388,7 @@ def bench_kernels(device: torch.device, S: int = 8192) -> None:
         q, k, v = make(B, H, 1, D), make(B, G, S, D), make(B, G, S, 128)
         padded = F.pad(v, (0, D - 128))
         ms = ms_of(partial(F.scaled_dot_product_attention, q, k, padded, enable_gqa=G < H))
-        text = f"ms   16 heads, batch {B}, {S} slots, by SDPA; its keys and values spelled out"
+        text = f"ms   16 heads, batch {B}, {S} slots, by SDPA"
         measure(f"decode_{kind.replace('-', '_')}_ms", ms, text)
 
 
@@ -1411,6 +1416,8 @@ def main() -> None:
         torch.zeros(1, dtype=torch.float64, device=device).item()  # the checks need float64
     except Exception as error:  # each backend raises a type of its own
         cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # graphs and timers are of the current one
     torch.manual_seed(args.seed)
     verify_forms(device)
     verify_layouts(device)

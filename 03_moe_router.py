@@ -99,13 +99,13 @@ def moe_reference(moe: "MoE", x: Tensor) -> tuple[Tensor, Tensor]:
 # %% 2. The piece ----------------------------------------------------------------------------
 # Tokens are sorted by expert, so that each expert's are neighbours: then a layer is two grouped
 # products, whatever the load, and no token is ever dropped. On a CPU these go through memory a few
-# experts at a time, by hand; on a GPU kernels fetch the rows of x as they multiply them.
+# experts at a time, by hand; on a GPU kernels of forward fetch the rows of x as they multiply them.
 
 
 # >>> copy: Router, SwiGLU, MoE, grouped_gemm, max_violation (needs torch, triton, tl)
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import lru_cache, partial
 
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -276,7 +276,7 @@ if triton is not None:
         TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
         GROUP: tl.constexpr,
     ):  # fmt: skip
-        """Tiles (BM, BN) of out[m] = w x[m], w of m's expert; a program takes every so-manieth.
+        """Tiles (BM, BN) of out[m] = w x[m], w of m's expert; a program takes each num_programs-th.
 
         weight: (E, N, K), or TURNED (E, K, N). source: row m is x[source[m]]. TMA: weight, and x
         without a source, are descriptors. GROUP rows of tiles follow one another: what they share
@@ -397,6 +397,14 @@ if triton is not None:
         tl.store(out + n * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
 
+# same as 01_attention.py
+@lru_cache
+def gpu(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Its compute capability and how many SMs it has: asking takes as long as a small kernel."""
+    found = torch.cuda.get_device_properties(device)
+    return (found.major, found.minor), found.multi_processor_count
+
+
 def grouped_configs(which: str, itemsize: int, capability: tuple[int, int]) -> list[tuple]:
     """(tile, warps, stages, TMA) of what may run, the first unless a timing says otherwise.
 
@@ -428,7 +436,7 @@ def grouped_launches(which: str, operands: tuple, out_dtype, ends: Tensor, turne
     (M, K) -> (E, N, K). source: (M,) int, the row of x that stands for each row.
     """
     x, other, source = operands
-    place = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+    place, sms = gpu(x.device) if x.is_cuda else ((9, 0), 132)
     E, M = len(ends), len(x) if source is None else len(source)
     if which == "weights":
         (M, N), K, shape = x.shape, other.shape[1], (E, x.shape[1], other.shape[1])
@@ -440,8 +448,8 @@ def grouped_launches(which: str, operands: tuple, out_dtype, ends: Tensor, turne
 
     def launch(tile: tuple[int, int, int], warps: int, stages: int, tma: bool) -> Tensor:
         out = torch.empty(shape or (M, N), dtype=out_dtype, device=x.device)
-        if not out.numel():
-            return out
+        if not out.numel() or not M:
+            return out.zero_()
         a, b = x, other
         options = {"num_warps": warps, "num_stages": stages}
         with torch.cuda.device_of(x):  # Triton launches on the current GPU, whatever x says
@@ -464,7 +472,6 @@ def grouped_launches(which: str, operands: tuple, out_dtype, ends: Tensor, turne
                 a = a if source is not None else TensorDescriptor.from_tensor(a, [BM, BK])
                 if x.is_cuda:
                     each = 2 if BM * BN <= 128 * 64 else 1
-                    sms = torch.cuda.get_device_properties(x.device).multi_processor_count
                     programs = min(programs, each * sms)
             grouped_rows_kernel[(programs,)](
                 a, b, out, ends, source, N, K, E, EXPERTS=triton.next_power_of_2(E), TURNED=turned,
@@ -475,7 +482,7 @@ def grouped_launches(which: str, operands: tuple, out_dtype, ends: Tensor, turne
     return [partial(launch, *config) for config in may if aligned or not config[-1]]
 
 
-@cache
+@lru_cache
 def fastest_of() -> dict[tuple, int]:
     """Which of `grouped_launches` won, for each kind of product that this process has timed."""
     return {}
@@ -491,8 +498,10 @@ def grouped_product(which: str, operands: tuple, out_dtype, ends: Tensor, turned
     key = which, turned, len(launches), x.device, x.dtype, shapes, source is None
     best, may_time = fastest_of(), x.is_cuda and not torch.cuda.is_current_stream_capturing()
     if key not in best and len(launches) > 1 and may_time:
-        want = launches[0]()
+        want = launches[-1]()  # the plainest says what is right
         ms = [milliseconds(launch, want) for launch in launches]
+        if min(ms) == math.inf:  # NaN: nothing is said about any
+            return want
         best[key] = ms.index(min(ms))
     return launches[best.get(key, 0)]()
 
@@ -517,7 +526,7 @@ def combine(rows: Tensor, rows_of_token: Tensor) -> Tensor:
     (N, K), D = rows_of_token.shape, rows.shape[1]
     out = rows.new_empty(N, D)
     if out.numel():
-        with torch.cuda.device_of(rows):  # embedding_bag moves 600 GB/s on an H200
+        with torch.cuda.device_of(rows):
             combine_kernel[N, triton.cdiv(D, 1024)](
                 rows.contiguous(), rows_of_token.contiguous(), out, D, K, BLOCK=1024
             )
@@ -553,7 +562,7 @@ class _Combine(torch.autograd.Function):
 
 
 class _GroupedKernels(torch.autograd.Function):
-    """`grouped_gemm` by kernels, with the gather of its rows: x's copies are never in memory."""
+    """`grouped_gemm` by kernels, with the gather of its rows: forward copies none of x."""
 
     @staticmethod
     def forward(ctx, x, weight, ends, token_of_row, rows_of_token):
@@ -612,6 +621,7 @@ def weighted_swiglu(gate_up: Tensor, weights: Tensor) -> Tensor:
 
 
 def has_kernels(x: Tensor) -> bool:
+    """On a GPU with Triton, and in a dtype that the kernels take."""
     wide = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
     return x.is_cuda and triton is not None and wide
 
@@ -1253,6 +1263,8 @@ def main() -> None:
         cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
     # oneDNN keeps 1,024 compiled products: in --bench a rival would push out those of another
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # graphs and timers are of the current one
     torch.manual_seed(args.seed)
     verify_layer(device)
     if device.type == "cuda" and triton is not None:

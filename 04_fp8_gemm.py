@@ -94,7 +94,7 @@ def quantize_reference(x: Tensor, rows: int, columns: int, power_of_two=False) -
 
 # >>> copy: quantize_tiles, quantize_blocks, fp8_gemm, FP8Linear (needs torch, triton, tl, math)
 from collections.abc import Callable
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 if triton is not None:
@@ -266,9 +266,9 @@ if triton is not None:
 
 
 # That kernel's warps do all in turn: load, multiply, scale. On a Hopper one warp can load for all,
-# and of two or three groups of four warps one scales its sums while another has the tensor cores:
-# 1.1 to 1.4 times as fast (H200, M = 4096, V3's shapes). Gluon is Triton with this left to us. The
-# operands pass through a ring of buffers; full and empty are barriers, one of each for a stage.
+# and of two or three groups of four warps one scales its sums while another has the tensor cores
+# (--bench times both). Gluon is Triton with this left to us. The operands pass through a ring of
+# buffers; full and empty are barriers, one of each for a stage.
 #
 #     producer    1 warp    for each 128 of K:  wait empty ─ TMA: a, b ─► full
 #     consumer c  4 warps   for each 128 of K:  wait full ─ 4 wgmma ─► empty ─ scale, add
@@ -482,9 +482,10 @@ def gemm_configs(
     return may
 
 
-@cache
+# same as 01_attention.py
+@lru_cache
 def gpu(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Its compute capability and how many SMs it has: asking takes as long as a small product."""
+    """Its compute capability and how many SMs it has: asking takes as long as a small kernel."""
     found = torch.cuda.get_device_properties(device)
     return (found.major, found.minor), found.multi_processor_count
 
@@ -591,7 +592,7 @@ def launch_specialized(
     return out.contiguous()
 
 
-@cache
+@lru_cache
 def tuned() -> dict[tuple, Config]:
     """The fastest for each kind of product that this process has timed."""
     return {}
@@ -614,6 +615,8 @@ def tuned_gemm(a, a_scales, b, b_scales, out_dtype, ends=None, along_k=False) ->
             run = [partial(launch_gemm, *operands, config, ends, along_k) for config in may]
             want = run[-1]()  # the plainest says what is right
             ms = [milliseconds(one, want) for one in run]
+            if min(ms) == math.inf:  # NaN: nothing is said about any
+                return want
             best = tuned()[key] = may[ms.index(min(ms))]
     return launch_gemm(*operands, best, ends, along_k)
 
@@ -725,7 +728,7 @@ def _check(name: str, codes: Tensor, scales: Tensor) -> bool:
     return by_tiles
 
 
-@cache
+@lru_cache
 def e4m3_values() -> Tensor:
     """What the codes 0 to 255 stand for: (256,) fp32."""
     return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -1115,6 +1118,9 @@ def bench_products(device: torch.device) -> None:
                 "torch by rows": partial(torch_scaled_mm, a[0], b[0], one[:M], one[:N]),
                 "torch by blocks": partial(torch_scaled_mm, a[0], b[0], a[1], b[1]),
             }
+            if M > 128 and gpu(device)[0] == (9, 0):
+                plain = Config(64, 128, 4, 3, True, 3)
+                tasks["plain"] = partial(launch_gemm, *a, *b, torch.bfloat16, plain)
             known = {name: task for name, task in tasks.items() if task() is not None}
             # of few rows by CUDA graphs: what Python takes to launch it is longer than the product
             timer = triton.testing.do_bench if M > 128 else triton.testing.do_bench_cudagraph
@@ -1134,7 +1140,7 @@ def bench_products(device: torch.device) -> None:
     a = quantize_tiles(torch.randn(M, K, device=device))
     b = quantize_blocks(torch.randn(N, K, device=device))
     ms = triton.testing.do_bench_cudagraph(lambda: fp8_gemm(*a, *b), return_mode="median")
-    text = f"TFLOP/s at {N} × {K}, one product after another: the GPU lowers its clock"
+    text = f"TFLOP/s at {N} × {K}, M = {M}, one product after another, without a pause"
     measure("gemm_back_to_back", 2e3 * M * N * K / ms / 1e12, text)
 
 
@@ -1190,6 +1196,8 @@ def main() -> None:
         torch.zeros(1, device=device).to(torch.float8_e4m3fn).float().item()
     except Exception as error:  # each backend raises a type of its own
         cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # graphs and timers are of the current one
     torch.manual_seed(args.seed)
     verify_format(device)
     verify_quantizers(device)

@@ -48,11 +48,20 @@ def main() -> None:
     for capability in 80, 86, 90, 100, 120:
         for D, V in WIDTHS:
             for which in "forward", "keys", "queries":
-                got = ahead.compile_flash(attn, capability, which, D, V)
-                show(f"flash_{which}_sm{capability}_bf16_{D}_{V}", got)
+                lengths = (4096, 16384) if (capability, which) == (90, "forward") else (4096,)
+                for S in lengths:
+                    got = ahead.compile_flash(attn, capability, which, D, V, S=S)
+                    many = "_many_keys" * (S > 4096)
+                    show(f"flash_{which}_sm{capability}_bf16_{D}_{V}{many}", got)
         for rows, page in itertools.product((16, 32, 64, 128), (0, 64)):
             got = ahead.compile_decode(mla, capability, rows, page=page)
             show(f"mla_decode_sm{capability}_bf16_{rows}_rows{'_paged' * bool(page)}", got)
+        if capability == 90:
+            for page in 0, 64:
+                got = ahead.compile_hopper(mla, page=page)
+                show(f"mla_hopper_sm90_bf16_64_rows{'_paged' * bool(page)}", got)
+        for name, got in ahead.compile_swiglu(moe, capability).items():
+            show(f"{name}_sm{capability}_bf16", got)
         for which, turned, gather in GROUPED:
             for config in moe.grouped_configs(which, 2, divmod(capability, 10)):
                 got = ahead.compile_grouped(moe, capability, which, config, "bf16", turned, gather)

@@ -202,3 +202,38 @@ def compile_specialized(fp8, config, out="bf16") -> Compiled:
     aligned = "a_scales", "b_scales", "M", "N", "K", "a_k"
     kernel = fp8.specialized_gemm_kernel
     return compile_for(90, kernel, types, constants, aligned, GluonASTSource, num_warps=4)
+
+
+def compile_hopper(mla, kind="bf16", split=False, page=0, T=1) -> Compiled:
+    """The Gluon kernel of 02's as `launch_decode` would have it; split: into several chunks."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    swizzled = mla.gl.NVMMASharedLayout(128, 16, 2)
+    wide, narrow = (f"tensordesc<{kind}[64,{n}],{swizzled!r}>" for n in (256, 64))
+    types = {"q_wide": wide, "q_narrow": narrow, "e_wide": wide, "e_narrow": narrow}
+    types |= {"out": "*fp32" if split else f"*{kind}", "lse": "*fp32", "lengths": "*i64"}
+    types |= {"pages": "*i32" if page else "*i64"}
+    types |= dict.fromkeys(("p_b", "e_rows", "ROWS", "T", "chunk"), "i32") | {"scale": "fp32"}
+    constants = ({"T": 1} if T == 1 else {}) | {"PAGE": page}  # a launch makes a constant of T = 1
+    aligned = ["out", "lse", "lengths", "pages", "e_rows", "ROWS", "chunk"]
+    kernel = mla.mla_hopper_kernel
+    return compile_for(90, kernel, types, constants, aligned, GluonASTSource, num_warps=4)
+
+
+def compile_swiglu(moe, capability: int, kind="bf16") -> dict[str, Compiled]:
+    """03's kernels between its products: forward, backward, combine."""
+    names = {
+        "swiglu": ("gate_up", "weights", "out"),
+        "swiglu_backward": ("grad", "gate_up", "weights", "d_gate_up", "d_weights"),
+    }
+    built = {}
+    for name, tensors in names.items():
+        types, kernel = dict.fromkeys(tensors, f"*{kind}"), getattr(moe, f"{name}_kernel")
+        aligned = [*tensors, "I"]
+        built[name] = compile_for(
+            capability, kernel, types | {"I": "i32"}, {"BLOCK": 2048}, aligned
+        )
+    types = {"rows": f"*{kind}", "rows_of_token": "*i64", "out": f"*{kind}", "D": "i32", "K": "i32"}
+    aligned = ["rows", "rows_of_token", "out", "D"]
+    built["combine"] = compile_for(capability, moe.combine_kernel, types, {"BLOCK": 1024}, aligned)
+    return built

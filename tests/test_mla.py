@@ -10,7 +10,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from ahead import SHARED_LIMIT, compile_decode, compile_for, interpret
+from ahead import SHARED_LIMIT, compile_decode, compile_hopper, interpret
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -983,28 +983,12 @@ def test_decode_on_a_gpu(H, T, paged, dtype):
 GLUON = pytest.mark.skipif(not mla.HAS_GLUON, reason="no Triton with this Gluon here")
 
 
-def compile_hopper(kind, split, page, T):
-    """As `launch_decode` would have it; a launch makes a constant of T = 1."""
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    swizzled = mla.gl.NVMMASharedLayout(128, 16, 2)
-    wide, narrow = (f"tensordesc<{kind}[64,{n}],{swizzled!r}>" for n in (256, 64))
-    types = {"q_wide": wide, "q_narrow": narrow, "e_wide": wide, "e_narrow": narrow}
-    types |= {"out": "*fp32" if split else f"*{kind}", "lse": "*fp32", "lengths": "*i64"}
-    types |= {"pages": "*i32" if page else "*i64"}
-    types |= dict.fromkeys(("p_b", "e_rows", "ROWS", "T", "chunk"), "i32") | {"scale": "fp32"}
-    constants = ({"T": 1} if T == 1 else {}) | {"PAGE": page}
-    aligned = ["out", "lse", "lengths", "pages", "e_rows", "ROWS", "chunk"]
-    kernel = mla.mla_hopper_kernel
-    return compile_for(90, kernel, types, constants, aligned, GluonASTSource, num_warps=4)
-
-
 @GLUON
 @pytest.mark.parametrize("page, T", [(0, 2), (64, 1)], ids=["contiguous-two", "paged-one"])
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
 def test_hopper_kernel_compiles_to_what_was_meant(kind, split, page, T):
-    got = compile_hopper(kind, split, page, T)
+    got = compile_hopper(mla, kind, split, page, T)
     assert got.spilled == 0 and got.shared <= 1024 * SHARED_LIMIT[90]
     count = lambda instruction: len(re.findall(rf"\b{re.escape(instruction)}", got.sass))
     assert count("HGMMA.64x64x16") == 576 // 16  # the scores of 64 slots

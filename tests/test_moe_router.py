@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from ahead import SHARED_LIMIT, compile_for, compile_grouped, interpret
+from ahead import SHARED_LIMIT, compile_grouped, compile_swiglu, interpret
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -736,6 +736,8 @@ for capability in (8, 0), (8, 6), (9, 0), (10, 0), (12, 0):
     compare([100, 0, 30, 130], 128, 136, torch.float16, every=True)
     compare([3, 90, 0], 128, 136, torch.float16, tokens=40, every=True)
 compare([70, 0, 3], 33, 65, tokens=50, every=True)
+moe.grouped_configs = lambda which, size, _: real(which, size, (9, 0))
+compare([0, 0], 128, 136, torch.float16, every=True)  # no rows: no descriptor of them
 """,
     "swiglu": """
 # beside float64, gradients too; combine beside embedding_bag
@@ -809,16 +811,8 @@ def test_grouped_compiles_without_a_spill(capability, which, turned, gather):
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 @pytest.mark.parametrize("capability", TENSOR_CORE)
 def test_swiglu_and_combine_compile_without_a_spill(capability, kind):
-    for kernel, names in (
-        (moe.swiglu_kernel, ("gate_up", "weights", "out")),
-        (moe.swiglu_backward_kernel, ("grad", "gate_up", "weights", "d_gate_up", "d_weights")),
-    ):
-        types = dict.fromkeys(names, f"*{kind}") | {"I": "i32"}
-        got = compile_for(capability, kernel, types, {"BLOCK": 2048}, [*names, "I"])
+    for got in compile_swiglu(moe, capability, kind).values():
         assert got.spilled == 0
-    types = {"rows": f"*{kind}", "rows_of_token": "*i64", "out": f"*{kind}", "D": "i32", "K": "i32"}
-    got = compile_for(capability, moe.combine_kernel, types, {"BLOCK": 1024}, [*types][:-1])
-    assert got.spilled == 0
 
 
 @TRITON
