@@ -372,7 +372,7 @@ if triton is not None:
     def flash_delta_kernel(
         out, do, delta, rows, V: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr
     ):
-        """Σ do·out of each row, what softmax takes off in backward."""
+        """Σ do·out of each row, which backward takes off dp."""
         m = tl.program_id(0) * BM + tl.arange(0, BM)
         a, b = _rows(out, m, rows, V, 0, VP, V), _rows(do, m, rows, V, 0, VP, V)
         tl.store(delta + m, tl.sum(a.to(tl.float32) * b.to(tl.float32), 1), mask=m < rows)
@@ -471,7 +471,7 @@ if triton is not None:
 
 @lru_cache
 def gpu(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Its compute capability and how many SMs it has: asking takes as long as a small kernel."""
+    """Its compute capability and how many SMs it has, asked for once."""
     found = torch.cuda.get_device_properties(device)
     return (found.major, found.minor), found.multi_processor_count
 
@@ -541,7 +541,7 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx, do):
         q, k, v, out, lse = ctx.saved_tensors
         causal, scale, base_2 = ctx.settings
-        do, delta, (*_, V) = do.contiguous(), torch.empty_like(lse), out.shape
+        do, V, delta = do.contiguous(), out.shape[-1], torch.empty_like(lse)
         with torch.cuda.device_of(q):
             flash_delta_kernel[(triton.cdiv(lse.numel(), 32),)](
                 out, do, delta, lse.numel(), V=V, VP=max(16, triton.next_power_of_2(V)), BM=32

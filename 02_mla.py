@@ -431,7 +431,7 @@ try:
         warpgroup_mma,
         warpgroup_mma_wait,
     )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
     try:
         from triton.experimental.gluon.language import barrier
@@ -476,6 +476,7 @@ if HAS_GLUON:
     def hopper_loader(
         boxes, buffers, bars, pages, b, q_at, e_rows, first, steps, PAGE: gl.constexpr
     ):
+        """The queries, then 64 entries a step, as soon as their place is free."""
         q_wide, q_narrow, e_wide, e_narrow = boxes
         q_low, q_high, q_rope, low, high, rope = buffers
         q_full, full, empty, _, _ = bars
@@ -504,6 +505,7 @@ if HAS_GLUON:
     def hopper_scorer(
         buffers, weights_at, shrink_at, bars, out, lse, at, m, T, length, first, steps, scale
     ):  # fmt: skip
+        """Scores of 64 rows and 64 slots a step, weights of them, and sums of half the channels."""
         q_low, q_high, q_rope, low, high, rope = buffers
         q_full, full, empty, ready, taken = bars
         dtype: gl.constexpr = low.dtype
@@ -562,6 +564,7 @@ if HAS_GLUON:
 
     @gluon.jit
     def hopper_helper(buffers, weights_at, shrink_at, bars, out, at, length, first, steps):
+        """The sums of the other half, by the weights that it is handed."""
         q_low, q_high, q_rope, low, high, rope = buffers
         q_full, full, empty, ready, taken = bars
         wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
@@ -664,7 +667,7 @@ def boxes_of(x: Tensor) -> list:
     """For TMA: the rows of x, (B, S, 576), all B in one list, by 64 x 256 and by 64 x 64."""
     (B, S, width), (x_b, x_s, _) = x.shape, x.stride()
     rows, swizzled = (B - 1) * (x_b // x_s) + S, gl.NVMMASharedLayout(128, 16, 2)
-    return [TensorDescriptor(x, [rows, width], [x_s, 1], [64, n], swizzled) for n in (256, 64)]
+    return [GluonDescriptor(x, [rows, width], [x_s, 1], [64, n], swizzled) for n in (256, 64)]
 
 
 def decode_config(
@@ -706,7 +709,7 @@ def split_count(programs: int, blocks: int, at_a_time: int) -> int:
 # same as 01_attention.py
 @lru_cache
 def gpu(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Its compute capability and how many SMs it has: asking takes as long as a small kernel."""
+    """Its compute capability and how many SMs it has, asked for once."""
     found = torch.cuda.get_device_properties(device)
     return (found.major, found.minor), found.multi_processor_count
 

@@ -373,15 +373,16 @@ if triton is not None:
     def swiglu_backward_kernel(
         grad, gate_up, weights, d_gate_up, d_weights, I, BLOCK: tl.constexpr
     ):
+        """silu'(g) = σ(g) + silu(g)·(1 − σ(g)); a row's weight gets Σ grad·silu(gate)·up."""
         row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
         gate = tl.load(gate_up + row * 2 * I + i, mask=i < I, other=0.0).to(tl.float32)
         up = tl.load(gate_up + row * 2 * I + I + i, mask=i < I, other=0.0).to(tl.float32)
         g = tl.load(grad + row * I + i, mask=i < I, other=0.0).to(tl.float32)
-        bend = tl.sigmoid(gate)
-        silu = gate * bend
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
         tl.store(d_weights + row, tl.sum(g * silu * up, 0).to(d_weights.dtype.element_ty))
         g *= tl.load(weights + row).to(tl.float32)
-        d_gate = g * up * (bend + silu * (1 - bend))
+        d_gate = g * up * (sigmoid + silu * (1 - sigmoid))
         at = d_gate_up + row * 2 * I + i
         tl.store(at, d_gate.to(at.dtype.element_ty), mask=i < I)
         tl.store(at + I, (g * silu).to(at.dtype.element_ty), mask=i < I)
@@ -400,7 +401,7 @@ if triton is not None:
 # same as 01_attention.py
 @lru_cache
 def gpu(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Its compute capability and how many SMs it has: asking takes as long as a small kernel."""
+    """Its compute capability and how many SMs it has, asked for once."""
     found = torch.cuda.get_device_properties(device)
     return (found.major, found.minor), found.multi_processor_count
 
@@ -419,8 +420,8 @@ def grouped_configs(which: str, itemsize: int, capability: tuple[int, int]) -> l
         if large and capability[0] > 8:
             wide, square = ((128, 256, 64), 8, 3, True), ((128, 128, 64), 8, 3, True)
             return [wide, ((128, 128, 64), 4, 3, True), square, narrow]
-        small = ((128, 128, 32), 8, 5, False), ((64, 64, 32), 4, 5, False)
-        return [deep, narrow] if large else list(small)
+        small = [((128, 128, 32), 8, 5, False), ((64, 64, 32), 4, 5, False)]
+        return [deep, narrow] if large else small
     if large and capability[0] > 8:
         tiles = ((128, 256, 64), 8, 3), ((128, 128, 64), 8, 4), ((64, 128, 64), 4, 4)
         return [*((*tile, True) for tile in tiles), *((*tile, False) for tile in tiles[1:])]
@@ -455,8 +456,8 @@ def grouped_launches(which: str, operands: tuple, out_dtype, ends: Tensor, turne
         with torch.cuda.device_of(x):  # Triton launches on the current GPU, whatever x says
             if which == "weights":
                 (BN, BK, BR), rows, boxes = tile, source, (None, None)
-                if tma:  # a copy of the rows, and whole boxes of it, beat rows fetched one by one
-                    b, rows = (b, None) if source is None else (b.index_select(0, source), None)
+                if tma:  # TMA takes whole boxes: of a copy, where rows lie apart
+                    rows, b = None, b if source is None else b.index_select(0, source)
                     make = TensorDescriptor.from_tensor
                     boxes = make(a, [BR, BN]), make(b, [BR, BK])
                 grid = triton.cdiv(N, BN) * triton.cdiv(K, BK), E
@@ -599,7 +600,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
     def backward(ctx, grad):
         gate_up, weights = ctx.saved_tensors
         P, I = grad.shape
-        d_gate_up, d_weights = torch.empty_like(gate_up), torch.zeros_like(weights)
+        d_gate_up, d_weights = torch.empty_like(gate_up), torch.empty_like(weights)
         if grad.numel():
             with torch.cuda.device_of(grad):
                 swiglu_backward_kernel[(P,)](
@@ -614,7 +615,7 @@ def weighted_swiglu(gate_up: Tensor, weights: Tensor) -> Tensor:
 
     w·(W h) = W (w·h): so an expert's weight meets the narrow side of its second matrix.
     """
-    if has_kernels(gate_up) and gate_up.shape[1] <= 2**15:
+    if has_kernels(gate_up) and gate_up.shape[1] <= 2**15:  # a row at a time is in registers
         return _WeightedSwiGLU.apply(gate_up.contiguous(), weights.contiguous())
     gate, up = gate_up.chunk(2, -1)  # (P, I) each
     return F.silu(gate) * up * weights[:, None]
@@ -633,8 +634,9 @@ def grouped_gemm(x: Tensor, weight: Tensor, sizes: Tensor, routes=(None, None)) 
     routes: token_of_row (M,), rows_of_token (N, K), and x is (N, A): row r is x[token_of_row[r]];
     one without the other raises ValueError.
     Under autocast it takes autocast's dtype, as nn.Linear does. Shapes that do not fit raise
-    ValueError. On a GPU by kernels that add in one order, the same bits at every run; that sizes
-    sum to M is checked elsewhere: a GPU would have to be waited for.
+    ValueError. On a GPU by kernels without atomic sums: the same bits at every call, by the tiles
+    that the first of its kind chose. That sizes sum to M is not checked there, it would have to
+    wait.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -1169,8 +1171,7 @@ def bench(device: torch.device) -> None:
         routes.append((indices, torch.rand(N, K, device=device), load))
 
     def step(function: Callable) -> None:
-        narrow = dtype == torch.bfloat16 != dense.down_proj.weight.dtype
-        with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype != weights):
             x_in = x.detach().to(dtype).requires_grad_()
             y = function(x_in)
         y.backward(upstream.to(y.dtype))
@@ -1186,14 +1187,16 @@ def bench(device: torch.device) -> None:
 
         return task
 
-    for dtype, weights in (
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.float32),  # by autocast
-        (torch.bfloat16, torch.bfloat16),
-    ):
-        if device.type == "cpu" and weights == torch.bfloat16:
-            break
-        experts.to(weights), dense.to(weights)
+    kinds = {
+        "float32": (torch.float32, torch.float32),
+        "bfloat16": (torch.bfloat16, torch.float32),  # by autocast
+        "bfloat16_weights": (torch.bfloat16, torch.bfloat16),
+    }
+    if device.type == "cpu":
+        del kinds["bfloat16_weights"]
+    for kind, (dtype, weights) in kinds.items():
+        for layer in experts, dense:
+            layer.to(weights)
         tasks = {
             "dense": lambda: step(dense),
             "ours": routed(experts),
@@ -1202,10 +1205,9 @@ def bench(device: torch.device) -> None:
         if hasattr(F, "grouped_mm") and (device.type == "cpu" or dtype == torch.bfloat16):
             tasks["torch_grouped_mm"] = routed(experts, torch_grouped_mm)
         ms = race(tasks, device)
-        short = str(dtype).removeprefix("torch.") + "_weights" * (dtype == weights != torch.float32)
         for name, value in ms.items():
             text = f"ms   {value / ms['dense']:.2f}x dense   N={N} D={D} I={I} E={E} K={K}"
-            measure(f"step_{name}_{short}_ms", value, text)
+            measure(f"step_{name}_{kind}_ms", value, text)
 
 
 def bench_kernels(device: torch.device) -> None:

@@ -485,7 +485,7 @@ def gemm_configs(
 # same as 01_attention.py
 @lru_cache
 def gpu(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Its compute capability and how many SMs it has: asking takes as long as a small kernel."""
+    """Its compute capability and how many SMs it has, asked for once."""
     found = torch.cuda.get_device_properties(device)
     return (found.major, found.minor), found.multi_processor_count
 
@@ -1120,7 +1120,7 @@ def bench_products(device: torch.device) -> None:
             }
             if M > 128 and gpu(device)[0] == (9, 0):
                 plain = Config(64, 128, 4, 3, True, 3)
-                tasks["plain"] = partial(launch_gemm, *a, *b, torch.bfloat16, plain)
+                tasks["fp8_gemm_kernel"] = partial(launch_gemm, *a, *b, torch.bfloat16, plain)
             known = {name: task for name, task in tasks.items() if task() is not None}
             # of few rows by CUDA graphs: what Python takes to launch it is longer than the product
             timer = triton.testing.do_bench if M > 128 else triton.testing.do_bench_cudagraph
@@ -1165,6 +1165,8 @@ def bench_layer(device: torch.device) -> None:
             else:
                 begin = time.perf_counter()
                 step(layer)
+                if device.type == "cuda":  # a card without FP8
+                    torch.cuda.synchronize(device)
                 times[name].append(1e3 * (time.perf_counter() - begin))
     ms = {name: statistics.median(values[1:]) for name, values in times.items()}
     measure("linear_bf16_ms", ms["bf16"], f"ms   {M} × {N} × {K}, forward and backward")

@@ -416,6 +416,25 @@ def test_a_product_finds_its_kernel(monkeypatch, capturing):
 
 
 @TRITON
+def test_nan_chooses_no_kernel(monkeypatch):
+    """Every candidate's product differs from NaN: the next product of its kind is timed."""
+    monkeypatch.setattr(fp8, "gpu", lambda device: ((9, 0), 132))
+    monkeypatch.setattr(fp8, "launch_gemm", lambda *_: torch.full((1,), math.nan))
+    monkeypatch.setattr(fp8, "milliseconds", lambda run, want: math.inf)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    fp8.tuned.cache_clear()
+    a, b = quantize_tiles(torch.randn(300, 256)), quantize_blocks(torch.randn(256, 256))
+    assert fp8.tuned_gemm(*a, *b, torch.float32).isnan().all() and not fp8.tuned()
+
+
+@TRITON
+@pytest.mark.parametrize("config", SPECIALIZED, ids=lambda config: f"{config.consumers}-consumers")
+def test_specialized_gemm_of_no_columns(config):
+    a, b = quantize_tiles(torch.randn(200, 128)), quantize_blocks(torch.randn(0, 128))
+    assert fp8.launch_gemm(*a, *b, torch.bfloat16, config).shape == (200, 0)
+
+
+@TRITON
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("blocks", [False, True], ids=["tiles", "blocks"])
 @pytest.mark.parametrize("capability", [89, 90, 100, 120])

@@ -978,6 +978,15 @@ def test_decode_on_a_gpu(H, T, paged, dtype):
     assert (got.double() - want).abs().max() <= tol * (1 + want.abs().max())
 
 
+def test_chunks_of_a_sequence():
+    """64 sequences, 128 blocks each, on 264 places: in 4, all end in one round after 32 blocks. One
+    sequence: two blocks each, and no more chunks than that. Of two rounds nothing is gained."""
+    assert mla.split_count(64, 128, 264) == 4
+    assert mla.split_count(1, 128, 132) == 64
+    assert mla.split_count(132, 128, 132) == 1
+    assert mla.split_count(1, 1, 132) == 1
+
+
 # The kernel for Hopper ----------------------------------------------------------------------
 
 GLUON = pytest.mark.skipif(not mla.HAS_GLUON, reason="no Triton with this Gluon here")
