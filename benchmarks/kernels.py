@@ -2,7 +2,7 @@ r"""What the compiler makes of every kernel configuration that the chapters ship
 
 No GPU is needed: each is compiled ahead of time, and the binary says what it takes. Registers are
 those of a thread (255 at most); what is spilt lives in slow memory. On a Hopper flash_keys and
-mla_decode for 32 rows spill a little, and an H200 is faster with them than with any that does not.
+mla_decode for 32 rows spill a little, and are faster than others that do not (benchmarks/tiles.py).
 
 Run:  python benchmarks/kernels.py          4 minutes on one CPU core
 """

@@ -585,7 +585,7 @@ COMPILED = [
 @pytest.mark.parametrize("which", ["forward", "keys", "queries"])
 @pytest.mark.parametrize("capability, D, V, kind, causal", COMPILED)
 def test_flash_compiles_without_a_spill(capability, D, V, kind, causal, which):
-    # on an H200 keys take 1.10 ms with 4 warps that spill, 1.30 at best with tiles that don't
+    # on an H200 (benchmarks/tiles.py) keys take 1.10 ms with 4 warps that spill; without, 1.30
     allowed = 184 if capability == 90 and which == "keys" and kind != "fp32" and D <= 192 else 0
     for S in (4096, 16384) if (capability, which) == (90, "forward") else (4096,):
         got = compile_flash(attn, capability, which, D, V, kind, causal, S)
