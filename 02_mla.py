@@ -1285,7 +1285,8 @@ def draw(contexts: list[int], curves: dict, points: dict, roof: tuple, out: Path
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     for kind, ms in curves.items():
         left.plot(contexts, ms, "s--" if kind == "MLA re-expanded" else "o-", label=kind)
-        left.annotate(f"  {ms[-1]:,.3g} ms", (contexts[-1], ms[-1]), va="center")
+        last = f"{ms[-1]:,.1f}" if ms[-1] >= 1 else f"{ms[-1]:.2g}"
+        left.annotate(f"  {last} ms", (contexts[-1], ms[-1]), va="center")
         right.plot(*points[kind], "s" if kind == "MLA re-expanded" else "o", ms=9)
         side = "right" if points[kind][0] > 1e3 else "left"
         right.annotate(f"  {kind}  ", points[kind], va="top", ha=side)
