@@ -398,6 +398,207 @@ if triton is not None:
         tl.store(out + n * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
 
+# A third kernel does all three products on a Hopper, warp by warp in Gluon, Triton's lower language
+# (04 has its plan): one warp loads, two groups of four multiply, and none of them stops between two
+# tiles: while the groups store one, the loader is at the next.
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    try:
+        from triton.experimental.gluon.language import barrier
+        from triton.experimental.gluon.language.nvidia.hopper.tma import async_load, async_store
+    except ImportError:  # Triton 3.6 calls them so
+        from triton.experimental.gluon.language import thread_barrier as barrier
+        from triton.experimental.gluon.language.nvidia.hopper.tma import (
+            async_copy_global_to_shared as async_load,
+        )
+        from triton.experimental.gluon.language.nvidia.hopper.tma import (
+            async_copy_shared_to_global as async_store,
+        )
+    HAS_GLUON = True
+except ImportError:  # no Triton, or one without these: the kernels above do it all
+    HAS_GLUON = False
+
+if HAS_GLUON:
+    # same as 04_fp8_gemm.py
+    @gluon.jit
+    def _next(stage, phase, STAGES: gl.constexpr):
+        """The next stage of the ring, and how often round: odd or even."""
+        last = stage == STAGES - 1
+        return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+    @gluon.jit
+    def _find(tile, at, ends, height, tiles_n, WEIGHTS: gl.constexpr):
+        """On to the expert that a tile belongs to: (expert, tiles before its own, its own, the rows
+        from which and up to which it has), then where in out the tile begins."""
+        expert, before, tiles, first_row, last_row = at
+        while tile >= before + tiles:
+            before += tiles
+            expert += 1
+            first_row = last_row
+            last_row = gl.load(ends + expert)
+            tiles = gl.cdiv(height if WEIGHTS else last_row - first_row, 128) * tiles_n
+        tiles_m, place = tiles // tiles_n, tile - before
+        top = place // (8 * tiles_n) * 8  # 8 rows of tiles follow one another
+        inside, rows = place % (8 * tiles_n), gl.minimum(tiles_m - top, 8)
+        m0, n0 = (top + inside % rows) * 128, inside // rows * 256
+        return (expert, before, tiles, first_row, last_row), m0, n0
+
+    @gluon.jit
+    def _load_grouped(
+        boxes, ends, ring, sizes, WEIGHTS: gl.constexpr, TURNED: gl.constexpr,
+        STAGES: gl.constexpr,
+    ):  # fmt: skip
+        """Fills the ring, tile after tile, as far ahead as it has stages."""
+        a, b = boxes
+        a_bufs, b_bufs, full, empty = ring
+        height, N, K, tiles = sizes
+        zero, tiles_n = gl.to_tensor(0), gl.cdiv(N, 256)
+        stage, phase, at = zero, zero, (zero - 1, zero, zero, zero, zero)
+        for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+            at, m0, n0 = _find(tile, at, ends, height, tiles_n, WEIGHTS)
+            expert, _, _, first_row, last_row = at
+            for k in range(0, last_row - first_row if WEIGHTS else K, 64):
+                mbarrier.wait(empty.index(stage), phase ^ 1)  # passes at once in the first round
+                bar = full.index(stage)
+                mbarrier.expect(bar, (128 + 256) * 64 * 2)  # zeros from beyond the edge count, too
+                for c in gl.static_range(2):
+                    if WEIGHTS:
+                        a_at = [first_row + k, m0 + 64 * c]
+                    else:  # rows of the next expert too: they are not stored
+                        a_at = [first_row + m0 + 64 * c, k]
+                    async_load(a, a_at, bar, a_bufs.index(stage * 2 + c))
+                if WEIGHTS:
+                    b_at = [first_row + k, n0]
+                elif TURNED:
+                    b_at = [expert * K + k, n0]
+                else:
+                    b_at = [expert * N + n0, k]
+                async_load(b, b_at, bar, b_bufs.index(stage))
+                stage, phase = _next(stage, phase, STAGES)
+
+    @gluon.jit
+    def _multiply_grouped(
+        store, ends, ring, sizes, c: gl.constexpr, WEIGHTS: gl.constexpr, TURNED: gl.constexpr,
+        STAGES: gl.constexpr,
+    ):  # fmt: skip
+        """Rows 64 c to 64 c + 63 of every tile."""
+        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+        a_bufs, b_bufs, full, empty = ring
+        height, N, K, tiles = sizes
+        zero, tiles_n = gl.to_tensor(0), gl.cdiv(N, 256)
+        stage, phase, at = zero, zero, (zero - 1, zero, zero, zero, zero)
+        for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+            at, m0, n0 = _find(tile, at, ends, height, tiles_n, WEIGHTS)
+            expert, _, _, first_row, last_row = at
+            depth = last_row - first_row if WEIGHTS else K
+            rows_left = (height if WEIGHTS else last_row - first_row) - m0
+            if rows_left <= 64 * c:  # the other group has all there is
+                for _ in range(0, depth, 64):
+                    mbarrier.wait(full.index(stage), phase)
+                    mbarrier.arrive(empty.index(stage), count=1)
+                    stage, phase = _next(stage, phase, STAGES)
+            else:
+                total, last_stage = gl.zeros((64, 256), gl.float32, LAYOUT), stage
+                for k in range(0, depth, 64):
+                    mbarrier.wait(full.index(stage), phase)
+                    x, w = a_bufs.index(stage * 2 + c), b_bufs.index(stage)
+                    if WEIGHTS:
+                        if depth - k < 64:
+                            _clear_past(x, depth - k)
+                        x = x.permute((1, 0))
+                    elif not TURNED:
+                        w = w.permute((1, 0))
+                    total = warpgroup_mma(x, w, total, is_async=True)
+                    total = warpgroup_mma_wait(1, deps=(total,))  # for the step before this one
+                    if k > 0:
+                        mbarrier.arrive(empty.index(last_stage), count=1)
+                    last_stage = stage
+                    stage, phase = _next(stage, phase, STAGES)
+                total = warpgroup_mma_wait(0, deps=(total,))
+                if depth > 0:
+                    mbarrier.arrive(empty.index(last_stage), count=1)
+                row = (expert * height if WEIGHTS else first_row) + m0 + 64 * c
+                _store_grouped(store, total, row, n0, rows_left - 64 * c, N, c, LAYOUT)
+        tma.store_wait(0)
+
+    @gluon.jit
+    def _store_grouped(store, total, row, n0, rows_left, N, c: gl.constexpr, LAYOUT: gl.constexpr):
+        """64 rows by TMA, or number by number where they are fewer, or of fp32: for its buffers
+        there is no room."""
+        if len(store) == 1 or rows_left < 64:
+            m, n = (
+                gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)),
+                gl.arange(0, 256, gl.SliceLayout(0, LAYOUT)),
+            )
+            inside = (m < rows_left)[:, None] & (n0 + n < N)[None, :]
+            to = store[0] + (row + m)[:, None].to(gl.int64) * N + (n0 + n)[None, :]
+            gl.store(to, total.to(store[0].dtype.element_ty), mask=inside)
+        else:
+            buffer = store[2].index(c)
+            tma.store_wait(0)  # the tile before this one has left it
+            buffer.store(total.to(buffer.dtype))
+            fence_async_shared()  # TMA will see it
+            async_store(store[1], [row, n0], buffer)
+
+    @gluon.jit
+    def _clear_past(part, filled):
+        """Zeros in the rows that are the next expert's."""
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        values = part.load(layout)
+        ours = gl.arange(0, 64, gl.SliceLayout(1, layout)) < filled
+        part.store(gl.where(ours[:, None], values, gl.zeros_like(values)))
+        fence_async_shared()
+        barrier()
+
+    @gluon.jit
+    def grouped_hopper_kernel(
+        a, b, out, out_box, ends, height, N, K, E, WEIGHTS: gl.constexpr, TURNED: gl.constexpr,
+        STAGES: gl.constexpr,
+    ):  # fmt: skip
+        """Tiles (128, 256) of out. a, b, out_box (None: of fp32): descriptors of what
+        `grouped_rows_kernel` has as x, weight, out, or WEIGHTS `grouped_weights_kernel` as grad, x,
+        out (E, height, N); K is the rows' own width."""
+        tiles_n, tiles = gl.cdiv(N, 256), gl.to_tensor(0)
+        first_row = gl.to_tensor(0)
+        for e in range(E):
+            last_row = gl.load(ends + e)
+            tiles += gl.cdiv(height if WEIGHTS else last_row - first_row, 128) * tiles_n
+            first_row = last_row
+        a_bufs = gl.allocate_shared_memory(a.dtype, [STAGES * 2, 64, 64], a.layout)
+        ROWS: gl.constexpr = 64 if WEIGHTS or TURNED else 256
+        b_bufs = gl.allocate_shared_memory(b.dtype, [STAGES, ROWS, 64 * 256 // ROWS], b.layout)
+        if out_box is not None:
+            out_bufs = gl.allocate_shared_memory(out_box.dtype, [2, 64, 256], out_box.layout)
+            store = out, out_box, out_bufs
+        else:
+            store = (out,)
+        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for stage in gl.static_range(STAGES):
+            mbarrier.init(full.index(stage), count=1)
+            mbarrier.init(empty.index(stage), count=2)
+        fence_async_shared()  # TMA will see them initialised
+        ring, sizes = (a_bufs, b_bufs, full, empty), (height, N, K, tiles)
+        gl.warp_specialize(
+            [
+                (_multiply_grouped, (store, ends, ring, sizes, 0, WEIGHTS, TURNED, STAGES)),
+                (_multiply_grouped, (store, ends, ring, sizes, 1, WEIGHTS, TURNED, STAGES)),
+                (_load_grouped, ((a, b), ends, ring, sizes, WEIGHTS, TURNED, STAGES)),
+            ],
+            [4, 1], [240, 24],  # warps and registers of all but the first, which has the rest
+        )  # fmt: skip
+
+
 # same as 01_attention.py
 @lru_cache
 def gpu(device: torch.device) -> tuple[tuple[int, int], int]:
@@ -407,27 +608,31 @@ def gpu(device: torch.device) -> tuple[tuple[int, int], int]:
 
 
 def grouped_configs(which: str, itemsize: int, capability: tuple[int, int]) -> list[tuple]:
-    """(tile, warps, stages, TMA) of what may run, the first unless a timing says otherwise.
+    """(tile, warps, stages, by) of what may run, the first unless a timing says otherwise.
 
-    tile: (BM, BN, BK) of "rows", (BN, BK, BR) of "weights". The tests compile all of them for sm_80
-    to sm_120 and find nothing spilt.
+    tile: (BM, BN, BK) of "rows", (BN, BK, BR) of "weights". by: "pointers" or "TMA" fetch the
+    operands of the two Triton kernels; "Gluon" is the third. The tests compile all of them for
+    sm_80 to sm_120 and find nothing spilt.
     """
     if itemsize == 4:
-        return [((32, 32, 32), 4, 2, False), ((64, 64, 16), 4, 2, False)]
-    large = capability[0] in (9, 10) or capability == (8, 0)  # more than 99 KB of shared memory
+        return [((32, 32, 32), 4, 2, "pointers"), ((64, 64, 16), 4, 2, "pointers")]
+    tma, large = capability[0] in (9, 10), capability == (8, 0)  # all others: 99 KB to share
+    may = [((128, 256, 64), 12, 3, "Gluon")] if HAS_GLUON and capability == (9, 0) else []
     if which == "weights":  # row numbers are fetched before the rows: two more stages
-        deep, narrow = ((128, 128, 64), 8, 5, False), ((128, 128, 32), 4, 6, False)
-        if large and capability[0] > 8:
-            wide, square = ((128, 256, 64), 8, 3, True), ((128, 128, 64), 8, 3, True)
-            return [wide, ((128, 128, 64), 4, 3, True), square, narrow]
-        small = [((128, 128, 32), 8, 5, False), ((64, 64, 32), 4, 5, False)]
-        return [deep, narrow] if large else small
-    if large and capability[0] > 8:
+        narrow = (128, 128, 32), 4, 6, "pointers"
+        if tma:
+            tiles = ((128, 256, 64), 8, 3), ((128, 128, 64), 4, 3), ((128, 128, 64), 8, 3)
+            return [*may, *((*tile, "TMA") for tile in tiles), narrow]
+        if large:
+            return [((128, 128, 64), 8, 5, "pointers"), narrow]
+        return [((128, 128, 32), 8, 5, "pointers"), ((64, 64, 32), 4, 5, "pointers")]
+    if tma:
         tiles = ((128, 256, 64), 8, 3), ((128, 128, 64), 8, 4), ((64, 128, 64), 4, 4)
-        return [*((*tile, True) for tile in tiles), *((*tile, False) for tile in tiles[1:])]
+        may += [(*tile, "TMA") for tile in tiles]
+        return may + [(*tile, "pointers") for tile in tiles[1:]]
     if large:
-        return [((128, 128, 64), 8, 3, False), ((128, 128, 32), 8, 4, False)]
-    return [((128, 128, 32), 8, 3, False), ((64, 64, 32), 4, 4, False)]
+        return [((128, 128, 64), 8, 3, "pointers"), ((128, 128, 32), 8, 4, "pointers")]
+    return [((128, 128, 32), 8, 3, "pointers"), ((64, 64, 32), 4, 4, "pointers")]
 
 
 def grouped_launches(which: str, operands: tuple, out_dtype, ends: Tensor, turned=False) -> list:
@@ -437,50 +642,79 @@ def grouped_launches(which: str, operands: tuple, out_dtype, ends: Tensor, turne
     (M, K) -> (E, N, K). source: (M,) int, the row of x that stands for each row.
     """
     x, other, source = operands
-    place, sms = gpu(x.device) if x.is_cuda else ((9, 0), 132)
+    place, sms = gpu(x.device) if x.is_cuda else ((10, 0), 132)
     E, M = len(ends), len(x) if source is None else len(source)
     if which == "weights":
         (M, N), K, shape = x.shape, other.shape[1], (E, x.shape[1], other.shape[1])
     else:
         K, N, shape = x.shape[1], other.shape[-1 if turned else 1], None
-    may = grouped_configs(which, x.element_size(), place)
     # descriptors want rows of whole 16 bytes; a step past K would meet the next expert's weights
     aligned = K % 64 == N % 8 == x.data_ptr() % 16 == other.data_ptr() % 16 == 0
+    may = grouped_configs(which, x.element_size(), place)
+    if which == "weights" and N % 64:  # Gluon stores 64 rows at a time
+        may = [config for config in may if config[-1] != "Gluon"]
 
-    def launch(tile: tuple[int, int, int], warps: int, stages: int, tma: bool) -> Tensor:
+    def launch(tile: tuple[int, int, int], warps: int, stages: int, by: str) -> Tensor:
         out = torch.empty(shape or (M, N), dtype=out_dtype, device=x.device)
         if not out.numel() or not M:
             return out.zero_()
-        a, b = x, other
+        a, b, rows = x, other, source
+        if source is not None and (by == "Gluon" or (which, by) == ("weights", "TMA")):
+            rows = None  # TMA takes whole boxes: of a copy, where rows lie apart
+            if which == "weights":
+                b = b.index_select(0, source)
+            else:
+                a = a.index_select(0, source)
         options = {"num_warps": warps, "num_stages": stages}
         with torch.cuda.device_of(x):  # Triton launches on the current GPU, whatever x says
-            if which == "weights":
-                (BN, BK, BR), rows, boxes = tile, source, (None, None)
-                if tma:  # TMA takes whole boxes: of a copy, where rows lie apart
-                    rows, b = None, b if source is None else b.index_select(0, source)
+            if by == "Gluon":
+                launch_hopper(which, a, b, out, ends, turned, stages, sms)
+            elif which == "weights":
+                (BN, BK, BR), boxes = tile, (None, None)
+                if by == "TMA":
                     make = TensorDescriptor.from_tensor
                     boxes = make(a, [BR, BN]), make(b, [BR, BK])
                 grid = triton.cdiv(N, BN) * triton.cdiv(K, BK), E
                 grouped_weights_kernel[grid](
-                    a, b, out, ends, rows, *boxes, N, K, tma, *tile, **options
+                    a, b, out, ends, rows, *boxes, N, K, by == "TMA", *tile, **options
                 )
-                return out
-            BM, BN, BK = tile
-            programs = (M // BM + E) * triton.cdiv(N, BN)  # at most
-            if tma:
-                box = [BK, BN] if turned else [BN, BK]
-                b = TensorDescriptor.from_tensor(b.flatten(0, 1), box)
-                a = a if source is not None else TensorDescriptor.from_tensor(a, [BM, BK])
-                if x.is_cuda:
-                    each = 2 if BM * BN <= 128 * 64 else 1
-                    programs = min(programs, each * sms)
-            grouped_rows_kernel[(programs,)](
-                a, b, out, ends, source, N, K, E, EXPERTS=triton.next_power_of_2(E), TURNED=turned,
-                TMA=tma, BM=BM, BN=BN, BK=BK, GROUP=8, **options,
-            )  # fmt: skip
+            else:
+                BM, BN, BK = tile
+                programs = (M // BM + E) * triton.cdiv(N, BN)  # at most
+                if by == "TMA":
+                    box = [BK, BN] if turned else [BN, BK]
+                    b = TensorDescriptor.from_tensor(b.flatten(0, 1), box)
+                    a = a if source is not None else TensorDescriptor.from_tensor(a, [BM, BK])
+                    if x.is_cuda:
+                        each = 2 if BM * BN <= 128 * 64 else 1
+                        programs = min(programs, each * sms)
+                grouped_rows_kernel[(programs,)](
+                    a, b, out, ends, rows, N, K, E, EXPERTS=triton.next_power_of_2(E),
+                    TURNED=turned, TMA=by == "TMA", BM=BM, BN=BN, BK=BK, GROUP=8, **options,
+                )  # fmt: skip
         return out
 
-    return [partial(launch, *config) for config in may if aligned or not config[-1]]
+    return [partial(launch, *config) for config in may if aligned or config[-1] == "pointers"]
+
+
+def launch_hopper(
+    which: str, a: Tensor, b: Tensor, out: Tensor, ends: Tensor, turned: bool, stages: int, sms: int
+) -> None:
+    """`grouped_hopper_kernel` writes out; no operand has a source."""
+    weights, swizzled = which == "weights", gl.NVMMASharedLayout(128, 16, 2)
+    a_box, b_box, out_box = (
+        GluonDescriptor.from_tensor(t.flatten(0, -2), box, swizzled) if t.itemsize == 2 else None
+        for t, box in (
+            (a, [64, 64]), (b, [64, 256] if weights or turned else [256, 64]), (out, [64, 256])
+        )
+    )  # fmt: skip
+    height, K, N = a.shape[1] if weights else 0, a.shape[1], out.shape[-1]
+    tiles_m = len(ends) * triton.cdiv(height, 128) if weights else len(a) // 128 + len(ends)
+    stages += out_box is None  # no buffers to store from: room for one more
+    grouped_hopper_kernel[(min(sms, tiles_m * triton.cdiv(N, 256)),)](
+        a_box, b_box, out, out_box, ends, height, N, K, len(ends), WEIGHTS=weights, TURNED=turned,
+        STAGES=stages, num_warps=4,
+    )  # fmt: skip
 
 
 @lru_cache
@@ -751,16 +985,17 @@ class Experts(nn.Module):
         N, K = indices.shape
         if kind == "cpu" and N * K < len(load) and not torch.is_grad_enabled():
             return self.of_few(x, indices, weights)
-        order = indices.flatten().argsort(stable=True)  # the (token, k) pairs by expert: N·K
-        sizes, P, row = load, N * K, torch.arange(N * K, device=x.device)
+        by_expert = indices.flatten().to(torch.int32)  # shorter keys are sorted faster
+        order = by_expert.argsort(stable=True)  # the (token, k) pairs by expert: N·K
+        token_of_row, row = order // K, torch.arange(N * K, device=x.device)
+        sizes, P = load, N * K
         if kind == "cpu" and x.dtype.itemsize == 2 and N * K > 16 * len(load):
             sizes = filled_up(load, N * K)
             P = int(sizes.sum())
             row = row + (sizes - load).cumsum(0).repeat_interleave(load)  # the filling comes first
-        token_of_row = order.new_zeros(P)  # a row that only fills up repeats token 0, with weight 0
-        token_of_row[row] = order // K
-        row_of_pair = torch.empty_like(order)
-        row_of_pair[order] = row
+            # and repeats token 0, with weight 0
+            token_of_row = order.new_zeros(P).scatter(0, row, token_of_row)
+        row_of_pair = torch.empty_like(order).scatter(0, order, row)
         row_weights = weights.new_zeros(P).scatter(0, row_of_pair, weights.flatten()).to(x.dtype)
         if kind == "cpu" and self.grouped_gemm is None:
             stacks = self.gate_up_proj, self.down_proj

@@ -65,9 +65,14 @@ def main() -> None:
         for which, turned, gather in GROUPED:
             for config in moe.grouped_configs(which, 2, divmod(capability, 10)):
                 got = ahead.compile_grouped(moe, capability, which, config, "bf16", turned, gather)
-                tile, warps, stages, tma = config
+                tile, warps, stages, by = config
                 how = [name for name, on in (("dgrad", turned), ("gather", gather)) if on]
-                how += ["x".join(map(str, tile)), f"{warps}w", f"{stages}s", *["tma"] * tma]
+                how += [
+                    "x".join(map(str, tile)),
+                    f"{warps}w",
+                    f"{stages}s",
+                    *[by.lower()] * (by != "pointers"),
+                ]
                 show("_".join((f"grouped_{which}_sm{capability}_bf16", *how)), got)
 
 

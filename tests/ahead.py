@@ -154,7 +154,10 @@ def compile_grouped(
     moe, capability: int, which: str, config, kind="bf16", turned=False, gather=False
 ):
     """A kernel of 03's as `grouped_launches` would have it."""
-    tile, warps, stages, tma = config
+    tile, warps, stages, by = config
+    if by == "Gluon":
+        return compile_grouped_hopper(moe, which, stages, kind, turned)
+    tma = by == "TMA"
     numbers = dict.fromkeys(("N", "K", "E") if which == "rows" else ("N", "K"), "i32")
     constants = {} if gather else {"source": None}
     if which == "rows":
@@ -181,6 +184,22 @@ def compile_grouped(
     kernel = getattr(moe, f"grouped_{which}_kernel")
     launch = {"num_warps": warps, "num_stages": stages}
     return compile_for(capability, kernel, types, constants, aligned, **launch)
+
+
+def compile_grouped_hopper(moe, which: str, stages: int, kind="bf16", turned=False, out=""):
+    """The Gluon kernel of 03's as `launch_hopper` would have it; out: another dtype."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    weights, out = which == "weights", out or kind
+    boxes = (64, 64), (64, 256) if weights or turned else (256, 64), (64, 256)
+    swizzled = moe.gl.NVMMASharedLayout(128, 16, 2)
+    a, b, box = (f"tensordesc<{kind}[{r},{c}],{swizzled!r}>" for r, c in boxes)
+    types = {"a": a, "b": b, "out": f"*{out}", "out_box": box, "ends": "*i32"}
+    types |= dict.fromkeys(("height", "N", "K", "E"), "i32")
+    constants = {"WEIGHTS": weights, "TURNED": turned, "STAGES": stages + (out == "fp32")}
+    constants |= {"out_box": None} if out == "fp32" else {}
+    aligned, kernel = ["out", "ends", "height", "N", "K"], moe.grouped_hopper_kernel
+    return compile_for(90, kernel, types, constants, aligned, GluonASTSource, num_warps=4)
 
 
 def compile_specialized(fp8, config, out="bf16") -> Compiled:

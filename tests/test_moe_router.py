@@ -1,12 +1,19 @@
 """03_moe_router.py against loops, transformers, and properties that need no reference."""
 
 import copy
+import functools
 import importlib.util
 from importlib import import_module
 
 import pytest
 import torch
-from ahead import SHARED_LIMIT, compile_grouped, compile_swiglu, interpret
+from ahead import (
+    SHARED_LIMIT,
+    compile_grouped,
+    compile_grouped_hopper,
+    compile_swiglu,
+    interpret,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -677,6 +684,7 @@ def test_a_few_tokens_ask_their_own_experts_alone(tokens, dtype, tol, monkeypatc
 # The kernels ---------------------------------------------------------------------------------
 
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
+GLUON = pytest.mark.skipif(not moe.HAS_GLUON, reason="no Gluon here")
 INTERPRETED = """
 import random
 from importlib import import_module
@@ -731,6 +739,7 @@ for _ in range(6):
     "every_config": """
 # the tiles that GPUs run, forced onto the interpreter: fp16, for its products of bf16 are wrong
 real = moe.grouped_configs
+moe.HAS_GLUON = False  # it has no interpreter
 for capability in (8, 0), (8, 6), (9, 0), (10, 0), (12, 0):
     moe.grouped_configs = lambda which, size, _: real(which, size, capability)
     compare([100, 0, 30, 130], 128, 136, torch.float16, every=True)
@@ -800,8 +809,11 @@ def test_grouped_compiles_without_a_spill(capability, which, turned, gather):
         got = compile_grouped(moe, capability, which, config, turned=turned, gather=gather)
         assert got.spilled == 0 and got.shared <= 1024 * SHARED_LIMIT[capability]
         assert TENSOR_CORE[capability] in got.ptx
-        if config[-1]:  # weights, and x that is not gathered, by TMA
+        if config[-1] != "pointers":  # weights, and x that is not gathered, by TMA
             assert "UTMALDG" in got.sass
+        if config[-1] == "Gluon":  # the groups of warps take registers from each other
+            assert "USETMAXREG" in got.sass
+            continue
         each = 2 if which == "rows" and config[0][0] * config[0][1] <= 128 * 64 else 1
         assert each * got.shared <= 1024 * SHARED_LIMIT[capability]
         assert each * got.registers * 32 * config[1] <= 2**16
@@ -827,6 +839,30 @@ def test_grouped_compiles_in_other_widths(capability, kind):
             assert got.spilled == 0 and got.shared <= 1024 * SHARED_LIMIT[capability]
 
 
+@GLUON
+def test_gradients_in_fp32_have_a_stage_more():
+    """Under autocast: those of fp32 weights, stored without a buffer."""
+    got = compile_grouped_hopper(moe, "weights", 3, out="fp32")
+    assert got.spilled == 0 and got.shared <= 1024 * SHARED_LIMIT[90]
+
+
+@GLUON
+def test_gluon_where_it_fits(monkeypatch):
+    """Its weights' gradients end in whole boxes of 64 rows, or would reach the next expert's."""
+    real = moe.grouped_configs
+    monkeypatch.setattr(moe, "grouped_configs", lambda which, size, _: real(which, size, (9, 0)))
+    ends = torch.tensor([5, 9], dtype=torch.int32)
+    for N, fits in (128, True), (136, False):
+        x, grad, weight = (
+            torch.zeros(s, dtype=torch.bfloat16) for s in ((9, 64), (9, N), (2, N, 64))
+        )
+        by = {
+            which: [run.args[-1] for run in moe.grouped_launches(which, ab, x.dtype, ends)]
+            for which, ab in (("rows", (x, weight, None)), ("weights", (grad, x, None)))
+        }
+        assert by["rows"][0] == "Gluon" and ("Gluon" in by["weights"]) == fits
+
+
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 TOL = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
 DTYPES = pytest.mark.parametrize("dtype", TOL, ids=str)
@@ -847,6 +883,38 @@ def test_grouped_gemm_on_a_gpu(D, I, dtype):
     theirs = want, *torch.autograd.grad(want, wide, upstream.double())
     for a, b in zip(ours, theirs, strict=True):
         assert (a.double() - b).abs().max() <= TOL[dtype] * b.abs().max()
+
+
+# many small ones, none at all, a last tile of few columns, more tiles than an H200 has SMs
+SIZES = [[0, 700, 1, 0, 129, 64], [0, 0, 5], [1, 2, 3, 63, 65, 127, 0], [3000, 0, 2000, 64]]
+
+
+@pytest.mark.gpu
+@GPU
+@DTYPES
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("D, I", [(256, 192), (64, 8), (1408, 2048), (128, 320)])
+def test_every_configuration_on_a_gpu(D, I, sizes, dtype):
+    """All that `grouped_product` chooses from, gathered and not, at shapes that fill no tile."""
+    sizes = torch.tensor(sizes, device="cuda")
+    make = functools.partial(torch.randn, device="cuda", dtype=dtype)
+    M, ends = int(sizes.sum()), sizes.cumsum(0).to(torch.int32)
+    x, few, weight, grad = make(M, D), make(100, D), make(len(sizes), I, D), make(M, I)
+    source = torch.randint(100, (M,), device="cuda")
+    for source_of, rows in (None, x), (source, few[source]):
+        wide = [t.double().requires_grad_() for t in (rows, weight)]
+        want = one_by_one(*wide, sizes)
+        d_rows, d_weight = torch.autograd.grad(want, wide, grad.double())
+        given = x if source_of is None else few
+        for which, turned, operands, truth in (
+            ("rows", False, (given, weight, source_of), want),
+            ("rows", True, (grad, weight, None), d_rows),
+            ("weights", False, (grad, given, source_of), d_weight),
+        ):
+            for out_dtype in {dtype, torch.float32}:
+                for launch in moe.grouped_launches(which, operands, out_dtype, ends, turned):
+                    error = (launch().double() - truth).abs().max()
+                    assert error <= TOL[dtype] * truth.abs().max(), (which, turned, launch.args)
 
 
 @pytest.mark.gpu
