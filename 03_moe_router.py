@@ -437,6 +437,10 @@ if HAS_GLUON:
         return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
 
     @gluon.jit
+    def _last(stage, STAGES: gl.constexpr):
+        return gl.where(stage == 0, STAGES - 1, stage - 1)
+
+    @gluon.jit
     def _find(tile, at, ends, height, tiles_n, WEIGHTS: gl.constexpr):
         """On to the expert that a tile belongs to: (expert, tiles before its own, its own, the rows
         from which and up to which it has), then where in out the tile begins."""
@@ -508,7 +512,7 @@ if HAS_GLUON:
                     mbarrier.arrive(empty.index(stage), count=1)
                     stage, phase = _next(stage, phase, STAGES)
             else:
-                total, last_stage = gl.zeros((64, 256), gl.float32, LAYOUT), stage
+                total = gl.zeros((64, 256), gl.float32, LAYOUT)
                 for k in range(0, depth, 64):
                     mbarrier.wait(full.index(stage), phase)
                     x, w = a_bufs.index(stage * 2 + c), b_bufs.index(stage)
@@ -521,12 +525,11 @@ if HAS_GLUON:
                     total = warpgroup_mma(x, w, total, is_async=True)
                     total = warpgroup_mma_wait(1, deps=(total,))  # for the step before this one
                     if k > 0:
-                        mbarrier.arrive(empty.index(last_stage), count=1)
-                    last_stage = stage
+                        mbarrier.arrive(empty.index(_last(stage, STAGES)), count=1)
                     stage, phase = _next(stage, phase, STAGES)
                 total = warpgroup_mma_wait(0, deps=(total,))
                 if depth > 0:
-                    mbarrier.arrive(empty.index(last_stage), count=1)
+                    mbarrier.arrive(empty.index(_last(stage, STAGES)), count=1)
                 row = (expert * height if WEIGHTS else first_row) + m0 + 64 * c
                 _store_grouped(store, total, row, n0, rows_left - 64 * c, N, c, LAYOUT)
         tma.store_wait(0)

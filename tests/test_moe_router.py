@@ -911,7 +911,7 @@ def test_every_configuration_on_a_gpu(D, I, sizes, dtype):
             ("rows", True, (grad, weight, None), d_rows),
             ("weights", False, (grad, given, source_of), d_weight),
         ):
-            for out_dtype in {dtype, torch.float32}:
+            for out_dtype in {dtype, torch.float32} if which == "weights" else [dtype]:
                 for launch in moe.grouped_launches(which, operands, out_dtype, ends, turned):
                     error = (launch().double() - truth).abs().max()
                     assert error <= TOL[dtype] * truth.abs().max(), (which, turned, launch.args)
