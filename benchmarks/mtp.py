@@ -6,7 +6,7 @@ interleaved, medians. The figure shows acceptance by position and kind of token,
 against acceptance.
 
 --graphs: passes and drafts are CUDA graphs, with drafts and without, so that what Python takes to
-launch them is not what is compared. (Its test has run on a GPU; nothing is measured there yet.)
+launch them is not what is compared.
 --ablation N instead trains the nano model for N steps with MTP and without, three seeds each, and
 compares the main head's held-out loss.
 
