@@ -438,6 +438,8 @@ if HAS_GLUON:
 
     @gluon.jit
     def _last(stage, STAGES: gl.constexpr):
+        """The stage before. Kept in a variable instead, that began as `stage`, it would not change:
+        Triton takes the two for one all through a loop."""
         return gl.where(stage == 0, STAGES - 1, stage - 1)
 
     @gluon.jit
@@ -536,15 +538,12 @@ if HAS_GLUON:
 
     @gluon.jit
     def _store_grouped(store, total, row, n0, rows_left, N, c: gl.constexpr, LAYOUT: gl.constexpr):
-        """64 rows by TMA, or number by number where they are fewer, or of fp32: for its buffers
-        there is no room."""
+        """64 rows by TMA; number by number where they are fewer, or fp32, which has no buffers."""
         if len(store) == 1 or rows_left < 64:
-            m, n = (
-                gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)),
-                gl.arange(0, 256, gl.SliceLayout(0, LAYOUT)),
-            )
-            inside = (m < rows_left)[:, None] & (n0 + n < N)[None, :]
-            to = store[0] + (row + m)[:, None].to(gl.int64) * N + (n0 + n)[None, :]
+            m = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+            n = n0 + gl.arange(0, 256, gl.SliceLayout(0, LAYOUT))
+            inside = (m < rows_left)[:, None] & (n < N)[None, :]
+            to = store[0] + (row + m)[:, None].to(gl.int64) * N + n[None, :]
             gl.store(to, total.to(store[0].dtype.element_ty), mask=inside)
         else:
             buffer = store[2].index(c)
@@ -555,7 +554,8 @@ if HAS_GLUON:
 
     @gluon.jit
     def _clear_past(part, filled):
-        """Zeros in the rows that are the next expert's."""
+        """Zeros in the rows of grad that are the next expert's. Those of x stay, times 0: a NaN in
+        them is in this gradient, too."""
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         values = part.load(layout)
         ours = gl.arange(0, 64, gl.SliceLayout(1, layout)) < filled
@@ -571,8 +571,7 @@ if HAS_GLUON:
         """Tiles (128, 256) of out. a, b, out_box (None: of fp32): descriptors of what
         `grouped_rows_kernel` has as x, weight, out, or WEIGHTS `grouped_weights_kernel` as grad, x,
         out (E, height, N); K is the rows' own width."""
-        tiles_n, tiles = gl.cdiv(N, 256), gl.to_tensor(0)
-        first_row = gl.to_tensor(0)
+        tiles_n, tiles, first_row = gl.cdiv(N, 256), gl.to_tensor(0), gl.to_tensor(0)
         for e in range(E):
             last_row = gl.load(ends + e)
             tiles += gl.cdiv(height if WEIGHTS else last_row - first_row, 128) * tiles_n
