@@ -399,8 +399,8 @@ if triton is not None:
 
 
 # A third kernel does all three products on a Hopper, warp by warp in Gluon, Triton's lower language
-# (04 has its plan): one warp loads, two groups of four multiply, and none of them stops between two
-# tiles: while the groups store one, the loader is at the next.
+# (04 has its plan): one warp loads, two groups of four warps multiply, and none of them stops
+# between two tiles: while the groups store one, the loader is at the next.
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
@@ -437,16 +437,25 @@ if HAS_GLUON:
         return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
 
     @gluon.jit
-    def _last(stage, STAGES: gl.constexpr):
+    def _previous(stage, STAGES: gl.constexpr):
         """The stage before. Kept in a variable instead, that began as `stage`, it would not change:
         Triton takes the two for one all through a loop."""
         return gl.where(stage == 0, STAGES - 1, stage - 1)
 
     @gluon.jit
-    def _find(tile, at, ends, height, tiles_n, WEIGHTS: gl.constexpr):
+    def _begin():
+        """Stage, phase and `at`, when no tile has been looked for yet."""
+        zero = gl.to_tensor(0)
+        return zero, zero, (zero - 1, zero, zero, zero, zero)
+
+    @gluon.jit
+    def _find(tile, at, ends, sizes, WEIGHTS: gl.constexpr):
         """On to the expert that a tile belongs to: (expert, tiles before its own, its own, the rows
-        from which and up to which it has), then where in out the tile begins."""
+        from which and up to which it has), then the row of its part of out and the column at which
+        the tile begins."""
         expert, before, tiles, first_row, last_row = at
+        height, N, _, _ = sizes
+        tiles_n = gl.cdiv(N, 256)
         while tile >= before + tiles:
             before += tiles
             expert += 1
@@ -467,11 +476,10 @@ if HAS_GLUON:
         """Fills the ring, tile after tile, as far ahead as it has stages."""
         a, b = boxes
         a_bufs, b_bufs, full, empty = ring
-        height, N, K, tiles = sizes
-        zero, tiles_n = gl.to_tensor(0), gl.cdiv(N, 256)
-        stage, phase, at = zero, zero, (zero - 1, zero, zero, zero, zero)
+        _, N, K, tiles = sizes
+        stage, phase, at = _begin()
         for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-            at, m0, n0 = _find(tile, at, ends, height, tiles_n, WEIGHTS)
+            at, m0, n0 = _find(tile, at, ends, sizes, WEIGHTS)
             expert, _, _, first_row, last_row = at
             for k in range(0, last_row - first_row if WEIGHTS else K, 64):
                 mbarrier.wait(empty.index(stage), phase ^ 1)  # passes at once in the first round
@@ -501,10 +509,9 @@ if HAS_GLUON:
         LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
         a_bufs, b_bufs, full, empty = ring
         height, N, K, tiles = sizes
-        zero, tiles_n = gl.to_tensor(0), gl.cdiv(N, 256)
-        stage, phase, at = zero, zero, (zero - 1, zero, zero, zero, zero)
+        stage, phase, at = _begin()
         for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-            at, m0, n0 = _find(tile, at, ends, height, tiles_n, WEIGHTS)
+            at, m0, n0 = _find(tile, at, ends, sizes, WEIGHTS)
             expert, _, _, first_row, last_row = at
             depth = last_row - first_row if WEIGHTS else K
             rows_left = (height if WEIGHTS else last_row - first_row) - m0
@@ -517,21 +524,23 @@ if HAS_GLUON:
                 total = gl.zeros((64, 256), gl.float32, LAYOUT)
                 for k in range(0, depth, 64):
                     mbarrier.wait(full.index(stage), phase)
-                    x, w = a_bufs.index(stage * 2 + c), b_bufs.index(stage)
-                    if WEIGHTS:
+                    left, right = a_bufs.index(stage * 2 + c), b_bufs.index(stage)
+                    if (
+                        WEIGHTS
+                    ):  # (64 of the expert's rows, 64 of height): turned, as a product wants
                         if depth - k < 64:
-                            _clear_past(x, depth - k)
-                        x = x.permute((1, 0))
-                    elif not TURNED:
-                        w = w.permute((1, 0))
-                    total = warpgroup_mma(x, w, total, is_async=True)
+                            _clear_past(left, depth - k)
+                        left = left.permute((1, 0))
+                    elif not TURNED:  # (256 of N, 64 of K)
+                        right = right.permute((1, 0))
+                    total = warpgroup_mma(left, right, total, is_async=True)
                     total = warpgroup_mma_wait(1, deps=(total,))  # for the step before this one
                     if k > 0:
-                        mbarrier.arrive(empty.index(_last(stage, STAGES)), count=1)
+                        mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1)
                     stage, phase = _next(stage, phase, STAGES)
                 total = warpgroup_mma_wait(0, deps=(total,))
                 if depth > 0:
-                    mbarrier.arrive(empty.index(_last(stage, STAGES)), count=1)
+                    mbarrier.arrive(empty.index(_previous(stage, STAGES)), count=1)
                 row = (expert * height if WEIGHTS else first_row) + m0 + 64 * c
                 _store_grouped(store, total, row, n0, rows_left - 64 * c, N, c, LAYOUT)
         tma.store_wait(0)
@@ -568,9 +577,12 @@ if HAS_GLUON:
         a, b, out, out_box, ends, height, N, K, E, WEIGHTS: gl.constexpr, TURNED: gl.constexpr,
         STAGES: gl.constexpr,
     ):  # fmt: skip
-        """Tiles (128, 256) of out. a, b, out_box (None: of fp32): descriptors of what
-        `grouped_rows_kernel` has as x, weight, out, or WEIGHTS `grouped_weights_kernel` as grad, x,
-        out (E, height, N); K is the rows' own width."""
+        """Tiles (128, 256) of out, by steps of 64; a program takes each num_programs-th.
+
+        out (M, N): row m is w a[m], w of m's expert, a: (M, K), b: (E, N, K), or TURNED (E, K, N).
+        WEIGHTS: out (E, height, N): Σ a[m] b[m]ᵀ over an expert's rows, a: (M, height), b: (M, N).
+        a, b and out_box are descriptors, E and the axis behind it one; out_box is None for fp32.
+        """
         tiles_n, tiles, first_row = gl.cdiv(N, 256), gl.to_tensor(0), gl.to_tensor(0)
         for e in range(E):
             last_row = gl.load(ends + e)
@@ -613,8 +625,8 @@ def grouped_configs(which: str, itemsize: int, capability: tuple[int, int]) -> l
     """(tile, warps, stages, by) of what may run, the first unless a timing says otherwise.
 
     tile: (BM, BN, BK) of "rows", (BN, BK, BR) of "weights". by: "pointers" or "TMA" fetch the
-    operands of the two Triton kernels; "Gluon" is the third. The tests compile all of them for
-    sm_80 to sm_120 and find nothing spilt.
+    operands of the two Triton kernels; "Gluon" is the third (12 warps: three of them only complete
+    the loader's group). The tests compile all of them for sm_80 to sm_120 and find nothing spilt.
     """
     if itemsize == 4:
         return [((32, 32, 32), 4, 2, "pointers"), ((64, 64, 16), 4, 2, "pointers")]
@@ -644,6 +656,7 @@ def grouped_launches(which: str, operands: tuple, out_dtype, ends: Tensor, turne
     (M, K) -> (E, N, K). source: (M,) int, the row of x that stands for each row.
     """
     x, other, source = operands
+    # Triton's interpreter has TMA, and no Gluon
     place, sms = gpu(x.device) if x.is_cuda else ((10, 0), 132)
     E, M = len(ends), len(x) if source is None else len(source)
     if which == "weights":
@@ -702,7 +715,7 @@ def grouped_launches(which: str, operands: tuple, out_dtype, ends: Tensor, turne
 def launch_hopper(
     which: str, a: Tensor, b: Tensor, out: Tensor, ends: Tensor, turned: bool, stages: int, sms: int
 ) -> None:
-    """`grouped_hopper_kernel` writes out; no operand has a source."""
+    """`grouped_hopper_kernel` writes out, (M, N) or (E, N, K); operands as above, no source."""
     weights, swizzled = which == "weights", gl.NVMMASharedLayout(128, 16, 2)
     a_box, b_box, out_box = (
         GluonDescriptor.from_tensor(t.flatten(0, -2), box, swizzled) if t.itemsize == 2 else None
@@ -872,7 +885,7 @@ def grouped_gemm(x: Tensor, weight: Tensor, sizes: Tensor, routes=(None, None)) 
     Under autocast it takes autocast's dtype, as nn.Linear does. Shapes that do not fit raise
     ValueError. On a GPU by kernels without atomic sums: the same bits at every call, by the tiles
     that the first of its kind chose. That sizes sum to M is not checked there, it would have to
-    wait.
+    wait. On a Hopper a NaN in an expert's rows can reach the gradient of the expert before it.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
