@@ -662,7 +662,9 @@ def save_tokenizer(
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
             "ignore_merges": True,  # a chunk that is a token is that token, as in tiktoken
-            "vocab": {spell(token): ranks[token] for token in ordered},
+            # the special ones too, as in V3's file: those it lacks are numbered anew on loading
+            "vocab": {spell(token): ranks[token] for token in ordered}
+            | {name: number for number, name in names.items()},
             "merges": [[spell(part) for part in parts] for parts in splits if len(parts) == 2],
         },
     }  # fmt: skip

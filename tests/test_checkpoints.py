@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import regex
+import tiktoken
 import tokenizers
 import torch
 import transformers
@@ -649,9 +650,28 @@ def test_what_we_write_gives_the_same_ids_there(cuts, tmp_path):
     compare()
     for text in SAMPLES:
         assert auto(text).input_ids == [bos, *ours.encode_ordinary(text)]
+    for name in SPECIALS:  # their ids are the lowest, as V3's are
+        text = f"a{name}b{name}"
+        assert auto(text).input_ids == [bos, *ours.encode(text, allowed_special="all")]
+        assert auto.decode(ours.encode(text, allowed_special="all")) == text
     again = chapter.load_tokenizer(tmp_path / "out")
     assert again._pat_str == ours._pat_str  # what lies between matches is not added again
     assert again.encode_ordinary(SAMPLES[0]) == ours.encode_ordinary(SAMPLES[0])
+
+
+def test_special_tokens_keep_their_ids_there(tmp_path):
+    """Below all others, among them, above them, and behind a gap."""
+    ranks = {bytes([byte]): byte + 3 for byte in range(256)}
+    special = {"<a>": 0, "<b>": 2, "<c>": 259, "<d>": 270}
+    ours = tiktoken.Encoding("gaps", pat_str=".", mergeable_ranks=ranks, special_tokens=special)
+    chapter.save_tokenizer(ours, tmp_path, 0, 270)
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "x<d><b>y<c><a>"
+    want = ours.encode(text, allowed_special="all")
+    assert auto(text, add_special_tokens=False).input_ids == want and auto.decode(want) == text
+    assert auto.bos_token_id == 0 and auto.eos_token_id == 270
+    again = chapter.load_tokenizer(tmp_path)
+    assert again.encode(text, allowed_special="all") == want
 
 
 def tiktoken_folder(folder, ranks, added=None):
