@@ -33,7 +33,7 @@ of the three has seen.
 
 Run:  python 07_grpo.py [--quick | --bench | --resume RUN]          3 to 4 minutes on two CPU cores
       python 07_grpo.py --further           R1's third and fourth stage too
-      python 07_grpo.py --preset beyond     600 steps of rewards for a weak base
+      python 07_grpo.py --preset beyond     300 steps of rewards for a weak base
 """
 
 import argparse
@@ -1184,7 +1184,7 @@ OWN, OWN_PROBLEMS = Examples(150, 64, 5e-4), 2048
 PRESETS = {  # the stages before the rewards, and those
     "elicit": (STAGES, Recipe()),
     # thinking, but often wrong, and nothing hidden: what do rewards add to a weak base?
-    "beyond": ({"worked": replace(STAGES["worked"], steps=560)}, Recipe(steps=600)),
+    "beyond": ({"worked": replace(STAGES["worked"], steps=560)}, Recipe(steps=300)),
 }
 KEPT = "task", "preset", "init", "steps", "further", "quick", "seed"
 
@@ -1196,7 +1196,7 @@ def arguments() -> argparse.Namespace:
     add("--task", default="clock", help="clock, countdown, FILE.jsonl, FILE.py:CLASS (%(default)s)")
     add("--preset", choices=PRESETS, default="elicit", help="beyond: a weak base (%(default)s)")
     add("--init", type=Path, metavar="FOLDER", help="a checkpoint to reward, instead of our own")
-    add("--steps", type=int, help=f"of GRPO, instead of {Recipe.steps}, or 600")
+    add("--steps", type=int, help=f"of GRPO, instead of {Recipe.steps}, or 300")
     add("--further", action="store_true", help="R1's next stages: own right answers, more rewards")
     add("--resume", type=Path, metavar="RUN", help="go on in the folder of a run that was stopped")
     add("--quick", action="store_true", help="a few steps of each stage: does everything work?")

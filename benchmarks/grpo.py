@@ -77,15 +77,14 @@ def rewarded(model, recipe: Recipe, seed: int, reward=None) -> list[dict]:
         return chapter.train_grpo(model, *arguments)
 
 
-def base_of(seed: int, store: Path, worked: int = chapter.STAGES["worked"].steps):
+def base_of(seed: int, store: Path) -> list[nn.Module]:
     """The models of the chapter's first two stages, kept in `store`: worked, and cold-started."""
     torch.set_num_threads(1)
-    folders = [store / f"worked-{worked}-{seed}", store / f"cold-{worked}-{seed}"]
+    folders = [store / f"worked-{seed}", store / f"cold-{seed}"]
     if not (folders[1] / "config.json").exists():
         torch.manual_seed(seed)
         model = base.DeepSeek(chapter.TINY)
-        recipe = replace(chapter.STAGES["worked"], steps=worked)
-        examples(model, TASK.clean, recipe, seed, "worked")
+        examples(model, TASK.clean, chapter.STAGES["worked"], seed, "worked")
         model.save_pretrained(folders[0])
         examples(model, TASK.cold, chapter.STAGES["cold"], seed, "cold")
         model.save_pretrained(folders[1])
@@ -151,13 +150,27 @@ def report_stable(runs: dict[tuple, dict]) -> None:
 
 
 # A weak base, and three ways to make it better ------------------------------------------------
-WEAK = chapter.PRESETS["beyond"][0]["worked"].steps
+WEAK, RECIPE = chapter.PRESETS["beyond"]
+
+
+def weak_base(seed: int) -> tuple[nn.Module, int]:
+    """Half of its answers wrong, or nearly: the first of 560, 540, … steps to leave a third wrong.
+
+    Learning is sudden here, at a step that no two seeds share, so a number of steps won't do.
+    """
+    for steps in range(WEAK["worked"].steps, 0, -20):
+        torch.manual_seed(seed)
+        model = base.DeepSeek(chapter.TINY)
+        examples(model, TASK.clean, replace(WEAK["worked"], steps=steps), seed, "worked")
+        if look(model)["pass_at_1"] <= 2 / 3:
+            return model, steps
 
 
 def beyond(seed: int, store: Path, steps: int) -> dict:
     """Rewards, and as many seconds of more examples, or of rounds of its own right answers."""
-    model, _ = base_of(seed, store, WEAK)
-    found = {"weak_base": look(model, seed=1000 + seed)}
+    torch.set_num_threads(1)
+    model, worked = weak_base(seed)
+    found = {"weak_base": look(model, seed=1000 + seed) | {"worked": worked}}
 
     def timed(name: str, learn: Callable) -> float:
         student, begin = copy.deepcopy(model), time.process_time()
@@ -179,7 +192,8 @@ def beyond(seed: int, store: Path, steps: int) -> dict:
             own += chapter.own_answers(student, ENCODING, TASK, 512, 4, next(rounds))
         at_rate(student, partial(pick, own), spent)
 
-    budget = timed("rewards", lambda student, _: rewarded(student, Recipe(steps=steps), seed))
+    recipe = replace(RECIPE, steps=steps)
+    budget = timed("rewards", lambda student, _: rewarded(student, recipe, seed))
     timed("more_examples", lambda student, spent: at_rate(student, TASK.clean, spent))
     timed("own_answers", own_answers)
     return found
@@ -193,10 +207,19 @@ def report_stages(runs: dict[int, dict]) -> None:
     for stage in next(iter(runs.values())):
         mine = [run[stage] for run in runs.values()]
         text = f"; greedy {statistics.fmean(m['greedy'] for m in mine):.3f}"
+        if "worked" in mine[0]:
+            text += f", after {', '.join(str(m['worked']) for m in mine)} steps"
         text += f", length {statistics.fmean(m['length'] for m in mine):.1f}"
         if "seconds" in mine[0]:
             text += f", {statistics.fmean(m['seconds'] for m in mine):.0f} s of one core"
         spread(f"pass_at_1_{stage}", [m["pass_at_1"] for m in mine], text)
+
+
+def report_beyond(runs: dict[int, dict]) -> None:
+    report_stages(runs)
+    gain = lambda run, way: run[way]["pass_at_1"] - run["weak_base"]["pass_at_1"]
+    for way in "rewards", "more_examples", "own_answers":
+        spread(f"gain_of_{way}", [gain(run, way) for run in runs.values()])
 
 
 # A reward that leaks --------------------------------------------------------------------------
@@ -285,7 +308,7 @@ def trl(store: Path, rounds: int = 7, steps: int = 10) -> None:
         print(f"skipped: {error.name} is not installed (pip install trl)")
         return
     base_of(0, store)  # sets one thread
-    cold = store / f"cold-{chapter.STAGES['worked'].steps}-0"
+    cold = store / "cold-0"
     specials = {name: 256 + i for i, name in enumerate((base.END, *chapter.TAGS))}
     tokenizer = byte_tokenizer(specials)
     rng = random.Random(0)
@@ -394,7 +417,7 @@ def main() -> None:
         "seeds": (seeds, report_seeds, None, 80),
         "variants": (variant, report_variants, list(VARIANTS), 80),
         "stable": (variant, report_stable, ["default", "rate_x5"], 500),
-        "beyond": (beyond, report_stages, None, 600),
+        "beyond": (beyond, report_beyond, None, RECIPE.steps),
         "hack": (hack, report_hack, ["leaky", "fixed"], 40),
         "r1": (r1, report_stages, None, 80),
         "trl": None,
@@ -415,14 +438,11 @@ def main() -> None:
         every = range(args.seeds)
         jobs = [(kind, seed) for kind in kinds for seed in every] if kinds else list(every)
         task = partial(quietly, partial(work, store=store, steps=args.steps or steps))
-        first = (
-            partial(quietly, partial(base_of, store=store, worked=WEAK))
-            if args.what == "beyond"
-            else partial(quietly, partial(base_of, store=store))
-        )
+        first = partial(quietly, partial(base_of, store=store))
         workers = min(len(jobs), os.cpu_count() or 1)
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            list(pool.map(first, every))  # the bases, before several want the same
+            if args.what != "beyond":  # which has bases of its own
+                list(pool.map(first, every))  # before several want the same
             runs = dict(zip(jobs, pool.map(task, jobs), strict=True))
     report(runs)
 
