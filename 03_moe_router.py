@@ -220,6 +220,18 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def few_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """x (n, I), weight (O, I) -> x Wᵀ (n, O), as a CPU without gradients makes a few rows soonest.
+
+    It waits for the weight to come from memory, and in bf16 how fast that comes hangs on the
+    routine. On two cores, in GB/s: one row by `mv` 13 to 22, by `linear` 6 to 14; up to 32 rows
+    with the weight on the left 13 to 23, on the right 10 to 17.
+    """
+    if weight.dtype.itemsize > 2:
+        return F.linear(x, weight)
+    return torch.mv(weight, x[0])[None] if len(x) == 1 else (weight @ x.T).T
+
+
 def _products(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
     """Each expert's rows times its matrix, transposed, written straight into the rows of y."""
     y = x.new_empty(len(x), weight.shape[1])
@@ -999,7 +1011,7 @@ class Experts(nn.Module):
             x = x.to(torch.get_autocast_dtype(kind))  # before each row is copied K times
         N, K = indices.shape
         if kind == "cpu" and N * K < len(load) and not torch.is_grad_enabled():
-            return self.of_few(x, indices, weights)
+            return self.of_few(x, indices, weights, load)
         by_expert = indices.flatten().to(torch.int32)  # shorter keys are sorted faster
         order = by_expert.argsort(stable=True)  # the (token, k) pairs by expert: N·K
         token_of_row, row = order // K, torch.arange(N * K, device=x.device)
@@ -1023,21 +1035,18 @@ class Experts(nn.Module):
         hidden = weighted_swiglu(gate_up, row_weights)  # (P, I); what combines is a plain sum
         return _Combine.apply(product(hidden, self.down_proj, sizes), *routes)
 
-    def of_few(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    def of_few(self, x: Tensor, indices: Tensor, weights: Tensor, load: Tensor) -> Tensor:
         """The same for a few tokens being decoded: an expert that has none is not asked, and one
         that has several is read from memory once."""
-        y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-        K, w, pairs_of = indices.shape[1], weights.to(x.dtype).view(-1, 1), {}
-        for pair, expert in enumerate(indices.flatten().tolist()):
-            pairs_of.setdefault(expert, []).append(pair)
-        for e, pairs in sorted(pairs_of.items()):
-            rows = [pair // K for pair in pairs]
-            if len(pairs) == 1:  # views, where lists would copy
-                rows, pairs = slice(rows[0], rows[0] + 1), slice(pairs[0], pairs[0] + 1)
-            gate, up = F.linear(x[rows], self.gate_up_proj[e].to(x.dtype)).chunk(2, -1)
-            hidden = F.silu(gate) * up * w[pairs]  # (n, I)
-            y[rows] += F.linear(hidden, self.down_proj[e].to(x.dtype))
-        return y.to(x.dtype)
+        (N, K), order = indices.shape, indices.flatten().argsort(stable=True)
+        sizes = {e: n for e, n in enumerate(load.tolist()) if n}
+        rows = x[order // K]  # (N·K, D), by expert
+        out, parts = torch.empty_like(rows), list(sizes.values())
+        for e, mine, result in zip(sizes, rows.split(parts), out.split(parts), strict=True):
+            gate, up = few_rows(mine, self.gate_up_proj[e].to(x.dtype)).chunk(2, -1)
+            result.copy_(few_rows(F.silu(gate) * up, self.down_proj[e].to(x.dtype)))
+        by_token = torch.empty_like(out).index_copy_(0, order, out).view(N, K, -1)
+        return (weights.to(x.dtype)[:, None] @ by_token)[:, 0]
 
 
 class MoE(nn.Module):

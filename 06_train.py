@@ -217,13 +217,24 @@ def narrow(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
+class Linear(nn.Linear):
+    """nn.Linear, and 03's few_rows for the rows of a CPU that decodes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = x.device.type == "cpu" and x.dtype.itemsize == 2 and 0 < x[..., 0].numel() <= 32
+        alike = x.dtype == self.weight.dtype and self.bias is None
+        if not (few and alike) or torch.is_grad_enabled():
+            return super().forward(x)
+        return moe.few_rows(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+
+
 class Block(nn.Module):
     """x + MLA(norm(x)), then x + FFN(norm(x)): (B, T, D) -> (B, T, D).
 
     linear, grouped_gemm: stand-ins for nn.Linear and for 03's, in another precision.
     """
 
-    def __init__(self, config: DeepSeekConfig, layer: int, linear=nn.Linear, grouped_gemm=None):
+    def __init__(self, config: DeepSeekConfig, layer: int, linear=Linear, grouped_gemm=None):
         super().__init__()
         c = config
         self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
@@ -316,7 +327,7 @@ class DeepSeek(nn.Module):
         layers = range(config.num_hidden_layers)
         self.model.layers = nn.ModuleList(Block(config, layer, **products) for layer in layers)
         self.model.norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
-        self.lm_head = nn.Linear(D, V, bias=False)
+        self.lm_head = Linear(D, V, bias=False)
         self.mtp = nn.ModuleList(
             mtp.MTPModule(Block(config, layer, **products), D, config.rms_norm_eps)
             for layer in range(layers.stop, layers.stop + config.num_nextn_predict_layers)

@@ -681,6 +681,18 @@ def test_a_few_tokens_ask_their_own_experts_alone(tokens, dtype, tol, monkeypatc
     assert (got - want).abs().max() <= tol * want.abs().max()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 7, 32])
+@pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+def test_few_rows_are_those_of_a_linear_layer(rows, dtype, tol):
+    """Also where the rows are a part of wider ones, and the weight one of a stack."""
+    wide, stack = torch.randn(rows, 80).to(dtype), torch.randn(3, 24, 40).to(dtype)
+    x, weight = wide[:, 20:60], stack[1]
+    want = x.double() @ weight.double().T
+    got = moe.few_rows(x, weight)
+    assert got.dtype == dtype and got.shape == want.shape
+    assert (got - want).abs().max() <= tol * want.abs().max()
+
+
 # The kernels ---------------------------------------------------------------------------------
 
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")

@@ -726,6 +726,33 @@ def test_a_row_ends_at_eos():
 
 
 @pytest.mark.parametrize(
+    "shape, dtype, few",
+    [
+        ((1, 1), torch.bfloat16, True),
+        ((4, 8), torch.bfloat16, True),
+        ((3, 11), torch.bfloat16, False),
+        ((0, 8), torch.bfloat16, False),
+        ((1, 1), torch.float32, False),
+    ],
+)
+def test_a_linear_layer_decodes_a_few_bf16_rows_its_own_way(shape, dtype, few, monkeypatch):
+    layer, x = chapter.Linear(40, 24, bias=False).to(dtype), torch.randn(*shape, 40).to(dtype)
+    asked, few_rows = [], chapter.moe.few_rows
+    monkeypatch.setattr(chapter.moe, "few_rows", lambda *a: asked.append(1) or few_rows(*a))
+    want = layer(x).detach()  # with gradients: as nn.Linear
+    assert not asked
+    with torch.no_grad():
+        got = layer(x)
+    assert len(asked) == few and got.shape == want.shape and got.dtype == dtype
+    assert torch.allclose(got, want, rtol=8e-3, atol=8e-3 * float(dtype == torch.bfloat16))
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        layer(x.to(torch.float16))  # not the weight's dtype: refused as ever
+    biased = chapter.Linear(40, 24).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(biased(x), nn.Linear.forward(biased, x))
+
+
+@pytest.mark.parametrize(
     "prompts, new, options, words",
     [
         ([], 5, {}, "at least one token"),
