@@ -585,49 +585,61 @@ def flash_attention(
     return torch.cat(tiles, dim=2)
 
 
-# The same tiles for training where there is no GPU kernel. A tile's scores (block × S) are few: it
-# takes all its keys at once, and backward computes the scores again instead of keeping them.
+# The same tiles for training where there is no GPU kernel. A tile takes all its keys at once, so it
+# needs no running maximum. Backward makes the weights again, but where they are few: it keeps them.
 
 
 class _TiledAttention(torch.autograd.Function):
     """One tile a step: t queries of H/G heads against the s keys they may see."""
 
-    @staticmethod
-    def tiles(q: Tensor, k: Tensor, causal: bool, scale: float, mask: Tensor | None, block: int):
-        """Yields a tile's slice of the queries, how many keys it sees, and its softmax weights."""
-        (B, H, T, _), (G, S) = q.shape, k.shape[1:3]
-        for start in range(0, T, block):
-            rows = slice(start, min(start + block, T))
-            t, seen = rows.stop - start, S - T + rows.stop if causal else S
-            q_tile = q[:, :, rows].reshape(B * G, -1, q.shape[-1])  # (B·G, H/G·t, D)
-            k_seen = k[:, :, :seen].flatten(0, 1)  # (B·G, s, D)
-            # beta=0: what the first argument holds is never read
-            scores = torch.baddbmm(q.new_empty(()), q_tile, k_seen.mT, beta=0, alpha=scale)
-            scores = scores.view(B, H, t, seen)  # (B, H, t, s)
-            if mask is not None:
-                scores.masked_fill_(~mask[:, :, rows], float("-inf"))
-            elif causal:  # the diagonal crosses only the last t keys
-                scores[..., -t:] += q.new_full((t, t), float("-inf")).triu(1)
-            weights = scores.softmax(-1)  # sums in fp32 whatever the width
-            yield rows, seen, weights.view(B, G, -1, seen)  # (B, G, H/G·t, s)
+    KEPT = 2**24  # bytes of weights, of all heads, up to which they are kept
 
     @staticmethod
-    def forward(ctx, q, k, v, *settings):
+    def tiles(T: int, S: int, causal: bool, block: int):
+        """Yields a tile's slice of the queries, and how many keys it sees."""
+        for start in range(0, T, block):
+            rows = slice(start, min(start + block, T))
+            yield rows, S - T + rows.stop if causal else S
+
+    @staticmethod
+    def weights(q: Tensor, k: Tensor, rows: slice, seen: int, causal, scale, mask) -> Tensor:
+        """softmax(scale · q kᵀ) of one tile: (B, G, H/G·t, s)."""
+        (B, H), G = q.shape[:2], k.shape[1]
+        q_tile = q[:, :, rows].reshape(B * G, -1, q.shape[-1])  # (B·G, H/G·t, D)
+        k_seen = k[:, :, :seen].flatten(0, 1)  # (B·G, s, D)
+        # beta=0: what the first argument holds is never read
+        scores = torch.baddbmm(q.new_empty(()), q_tile, k_seen.mT, beta=0, alpha=scale)
+        scores = scores.view(B, H, -1, seen)  # (B, H, t, s)
+        if mask is not None:
+            scores.masked_fill_(~mask[:, :, rows], float("-inf"))
+        elif causal:  # the diagonal crosses only the last t keys
+            t = scores.shape[2]
+            scores[..., -t:] += q.new_full((t, t), float("-inf")).triu(1)
+        return scores.softmax(-1).view(B, G, -1, seen)  # sums in fp32 whatever the width
+
+    @staticmethod
+    def forward(ctx, q, k, v, causal, scale, mask, block):
         q, k, v = (x.contiguous() for x in (q, k, v))
-        out = q.new_empty(*q.shape[:3], v.shape[-1])  # (B, H, T, V)
-        for rows, seen, weights in _TiledAttention.tiles(q, k, *settings):
+        (B, H, T, _), S = q.shape, k.shape[2]
+        out, kept = q.new_empty(B, H, T, v.shape[-1]), []
+        for rows, seen in _TiledAttention.tiles(T, S, causal, block):
+            weights = _TiledAttention.weights(q, k, rows, seen, causal, scale, mask)
             out[:, :, rows] = (weights @ v[:, :, :seen]).view_as(out[:, :, rows])
-        ctx.save_for_backward(q, k, v)
-        ctx.settings = settings
+            if B * H * T * S * q.itemsize <= _TiledAttention.KEPT:
+                kept.append(weights)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.settings = causal, scale, mask, block
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v = ctx.saved_tensors
-        B, G, scale = *k.shape[:2], ctx.settings[1]
+        q, k, v, *kept = ctx.saved_tensors
+        (B, G, S, _), (causal, scale, mask, block) = k.shape, ctx.settings
+        again = _TiledAttention.weights
         wide = torch.promote_types(k.dtype, torch.float32)  # summed over the tiles
         dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))
-        for rows, seen, weights in _TiledAttention.tiles(q, k, *ctx.settings):
+        for i, (rows, seen) in enumerate(_TiledAttention.tiles(q.shape[2], S, causal, block)):
+            weights = kept[i] if kept else again(q, k, rows, seen, causal, scale, mask)
             q_tile, do = (x[:, :, rows].reshape(B, G, -1, x.shape[-1]) for x in (q, grad))
             dv[:, :, :seen] += weights.mT @ do
             dp = do @ v[:, :, :seen].mT  # (B, G, H/G·t, s)
@@ -646,7 +658,8 @@ def tiled_attention(
 
     q: (B, H, T, D), k: (B, G, S, D), v: (B, G, S, V), G divides H -> (B, H, T, V) in q's dtype.
     causal and mask as in flash_attention. It holds block × S weights a head at a time; backward
-    makes them again (arXiv:2205.14135, algorithm 4). Under autocast in its dtype, as SDPA.
+    makes them again (arXiv:2205.14135, algorithm 4), unless all of them are within 16 MB: then it
+    keeps them, as SDPA does without a kernel. Under autocast in its dtype, as SDPA.
     block: queries a tile, which changes the time it takes alone; None: 64, of two bytes 128.
     """
     kind = q.device.type

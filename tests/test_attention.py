@@ -124,6 +124,22 @@ def test_gradcheck(function, H, G):
     assert torch.autograd.gradcheck(lambda *t: function(*t, block=2), inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_tiles_that_are_kept_or_made_again_give_the_same_bits(masked, dtype, monkeypatch):
+    """5 tiles of 8 queries, the last of them short; kept are their weights, beside q, k and v."""
+    inputs = qkv(4, 2, 35, 35, 8, 6, dtype=dtype, grad=True)
+    mask = torch.rand(2, 1, 35, 35) < 0.5 if masked else None
+    found = []
+    for limit, saved in (2 * 4 * 35 * 35 * dtype.itemsize, 3 + 5), (2 * 4 * 35 * 35, 3):
+        monkeypatch.setattr(attn._TiledAttention, "KEPT", limit)
+        out = attn.tiled_attention(*inputs, mask=mask, block=8)
+        assert len(out.grad_fn.saved_tensors) == saved
+        found.append([out, *torch.autograd.grad(out, inputs, torch.ones_like(out))])
+    for kept, again in zip(*found, strict=True):
+        assert kept.abs().max() > 0 and torch.equal(kept, again)
+
+
 # RoPE ---------------------------------------------------------------------------------------
 
 
