@@ -683,7 +683,7 @@ def check(name: str, got: Tensor, want: Tensor, tol: float) -> None:
         raise SystemExit(
             f"check    {name}: got {tuple(got.shape)}, want {tuple(want.shape)}   WRONG"
         )
-    error = (got.double() - want.double()).abs().max().item()
+    error = (got.cpu().double() - want.cpu().double()).abs().max().item()
     ok = error <= tol  # False for NaN too
     print(f"check    {name:<44} error {error:.1e}   tol {tol:.0e}   {'ok' if ok else 'WRONG'}")
     if not ok:

@@ -984,7 +984,7 @@ def check(name: str, got: Tensor, want: Tensor, tol: float) -> None:
         raise SystemExit(
             f"check    {name}: got {tuple(got.shape)}, want {tuple(want.shape)}   WRONG"
         )
-    error = (got.double() - want.double()).abs().max().item()
+    error = (got.cpu().double() - want.cpu().double()).abs().max().item()
     ok = error <= tol  # False for NaN too
     print(f"check    {name:<44} error {error:.1e}   tol {tol:.0e}   {'ok' if ok else 'WRONG'}")
     if not ok:
@@ -1343,7 +1343,7 @@ def bench(device: torch.device, S: int = 8192) -> None:
         best = fastest(race(tasks, device))
         (mine, _), (theirs, rival) = best["MLA absorbed"], best["MHA"]
         name = "bf16" if dtype is torch.bfloat16 else "fp32"
-        bar = "   bar 2" if dtype is torch.bfloat16 and device.type == "cpu" else ""
+        bar = "   goal 2" if dtype is torch.bfloat16 and device.type == "cpu" else ""
         text = f"x   MHA {theirs:.3g} ms ({rival}) / MLA {mine:.3g} ms{bar}"
         measure(f"absorbed_ratio_{name}", theirs / mine, text)
 

@@ -1124,7 +1124,7 @@ def check(name: str, got: Tensor, want: Tensor, tol: float) -> None:
         raise SystemExit(
             f"check    {name}: got {tuple(got.shape)}, want {tuple(want.shape)}   WRONG"
         )
-    error = (got.double() - want.double()).abs().max().item()
+    error = (got.cpu().double() - want.cpu().double()).abs().max().item()
     ok = error <= tol  # False for NaN too
     print(f"check    {name:<44} error {error:.1e}   tol {tol:.0e}   {'ok' if ok else 'WRONG'}")
     if not ok:
@@ -1493,7 +1493,7 @@ def bench_kernels(device: torch.device) -> None:
     for name, (ours, theirs) in products.items():
         ours()  # the first of its kind chooses a configuration
         mine, other = (triton.testing.do_bench(f, return_mode="median") for f in (ours, theirs))
-        text = f"TFLOP/s, {other / mine:.2f}x torch's grouped_mm   bar 1"
+        text = f"TFLOP/s, {other / mine:.2f}x torch's grouped_mm   goal 1"
         measure(f"grouped_{name}", 2 * N * K * D * 2 * I / mine / 1e9, text)
 
 

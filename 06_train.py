@@ -36,6 +36,7 @@ Run:  python 06_train.py [--quick | --bench | --resume RUN]          5 minutes o
 
 import argparse
 import base64
+import bisect
 import contextlib
 import gzip
 import hashlib
@@ -149,8 +150,9 @@ class DeepSeekConfig:
             )
         for name in ("bos_token_id", "eos_token_id"):
             token = getattr(self, name)
-            if token is not None and not 0 <= token < self.vocab_size:
-                raise ValueError(f"{name} {token} is outside the vocabulary of {self.vocab_size}")
+            inside = isinstance(token, int) and 0 <= token < self.vocab_size
+            if token is not None and not inside:
+                raise ValueError(f"{name} {token!r} is outside the vocabulary of {self.vocab_size}")
         with torch.device("meta"):  # the pieces check their own arguments, and cost nothing there
             Block(self, layer=0)
             Block(self, layer=self.first_k_dense_replace)
@@ -221,9 +223,9 @@ class Linear(nn.Linear):
     """nn.Linear, and 03's few_rows for the rows of a CPU that decodes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        few = x.device.type == "cpu" and x.dtype.itemsize == 2 and 0 < x[..., 0].numel() <= 32
+        few = x.dim() > 1 and x.dtype.itemsize == 2 and 0 < x[..., 0].numel() <= 32
         alike = x.dtype == self.weight.dtype and self.bias is None
-        if not (few and alike) or torch.is_grad_enabled():
+        if not (few and alike) or x.device.type != "cpu" or torch.is_grad_enabled():
             return super().forward(x)
         return moe.few_rows(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
 
@@ -446,6 +448,8 @@ class DeepSeek(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {n: t.detach().cpu().contiguous() for n, t in released_tensors(self).items()}
+        if any(t.dtype == torch.float8_e4m3fn for t in tensors.values()):
+            raise ValueError("the model keeps FP8 codes: save_released (08) writes these")
         for layer in range(len(self.mtp)):
             prefix = f"model.layers.{self.config.num_hidden_layers + layer}."
             shared = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
@@ -577,7 +581,7 @@ def read_config(folder: Path) -> DeepSeekConfig:
     path = folder / "config.json"
     try:
         return DeepSeekConfig.from_dict(json.loads(path.read_text("utf-8")))
-    except (OSError, json.JSONDecodeError, TypeError, ValueError) as error:
+    except (OSError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -781,7 +785,7 @@ def library_files(packages: bool) -> list[Path]:
     kept = [p for p in root.rglob("*.py") if not NOT_LIBRARY & set(p.relative_to(root).parts)]
     if packages:
         kept += Path(sysconfig.get_paths()["purelib"]).rglob("*.py")
-    return sorted(kept)
+    return sorted(p for p in kept if p.is_file())
 
 
 def read_documents(source: Path | None, packages: bool = False) -> list[bytes]:
@@ -836,11 +840,10 @@ def cut(document: bytes, size: int) -> Iterator[bytes]:
 def split_documents(documents: list[bytes]) -> tuple[list[bytes], list[bytes]]:
     """Train and held-out, by content: the held-out ones are first in the order of their hashes."""
     ranked = sorted(documents, key=lambda document: hashlib.sha256(document).digest())
-    want = min(HELD_OUT_SHARE * sum(map(len, documents)), HELD_OUT_LIMIT)
-    held_out = []
-    while sum(map(len, held_out)) < want and len(ranked) > 1:
-        held_out.append(ranked.pop(0))
-    return ranked, held_out
+    totals = list(itertools.accumulate(map(len, ranked)))
+    want = min(HELD_OUT_SHARE * totals[-1], HELD_OUT_LIMIT)
+    count = min(bisect.bisect_left(totals, want) + 1, len(ranked) - 1)
+    return ranked[count:], ranked[:count]
 
 
 @dataclass
@@ -1013,6 +1016,7 @@ def evaluate(model: DeepSeek, tokens: np.ndarray, context: int, stride: int):
     Windows of `context` tokens, `stride` apart: all tokens but the first context − stride
     of the text have at least so many before them.
     """
+    training = model.training
     model.eval()
     device, nats, loads = model.lm_head.weight.device, 0.0, 0
     starts = range(0, max(len(tokens) - 1 - (context - stride), 1), stride)
@@ -1032,7 +1036,7 @@ def evaluate(model: DeepSeek, tokens: np.ndarray, context: int, stride: int):
         nats += loss.item() * int((labels != -100).sum())
         if mixtures := model.mixtures():
             loads = loads + torch.stack([m.load for m in mixtures])
-    model.train()
+    model.train(training)
     return nats, loads
 
 
@@ -1126,18 +1130,21 @@ class Run:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[list]:
-    """A list that Ctrl-C fills, so that no step is cut in two; a second Ctrl-C kills as ever."""
-    seen = []
+    """A list that Ctrl-C and SIGTERM (a cluster's) fill, so that no step is cut in two; a second
+    one kills as ever."""
+    seen, before = [], {}
 
     def note(number, frame):
         seen.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(number, before[number])
 
-    before = signal.signal(signal.SIGINT, note)
+    for number in signal.SIGINT, signal.SIGTERM:
+        before[number] = signal.signal(number, note)
     try:
         yield seen
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(
@@ -1146,9 +1153,10 @@ def train(
 ) -> dict:  # fmt: skip
     """Train in place, logging into `folder` -> {"step", "seconds", "tokens"}.
 
-    minutes: run the same schedule over so much training time instead of recipe.steps. Ctrl-C ends
-    the step, saves, and raises KeyboardInterrupt; resume=True goes on as if nothing had happened,
-    from the last checkpoint or from the beginning. ValueError: a folder that holds a run already.
+    minutes: run the same schedule over so much training time instead of recipe.steps. Ctrl-C or
+    SIGTERM ends the step, saves, and raises KeyboardInterrupt; resume=True goes on as if nothing
+    had happened, from the last checkpoint, which is never older than an eighth of the run or ten
+    minutes, or from the beginning. ValueError: a folder that holds a run already.
     """
     run, optimizer = Run(folder), make_optimizer(model, recipe)
     state, rank, stop = {"step": 0, "seconds": 0.0}, rank_and_size()[0], False
@@ -1167,7 +1175,7 @@ def train(
     # a slice of the held-out text for the curve; all of it is read once, at the end
     probe = corpus.held_out[: 32 * recipe.context + 1]
     model.train()
-    reported = int(share() * reports)
+    reported, saved = int(share() * reports), state["seconds"]
     total = None if minutes else recipe.steps
     shown = {"total": total, "initial": state["step"], "unit": "step", "dynamic_ncols": True}
     with tqdm(**shown, disable=rank > 0) as bar, interrupts() as interrupted:
@@ -1197,8 +1205,9 @@ def train(
             if not rank:
                 run.log(**entry)
             stop = agreed(bool(interrupted)) > 0
-            if due or stop:
+            if due or stop or state["seconds"] > saved + 600:
                 run.save(model, optimizer, corpus.encoding, state)
+                saved = state["seconds"]
     if stop or interrupted:
         raise KeyboardInterrupt
     return state | {"tokens": state["step"] * per_step}
@@ -1303,7 +1312,7 @@ def check(name: str, got: Tensor, want: Tensor, tol: float) -> None:
         raise SystemExit(
             f"check    {name}: got {tuple(got.shape)}, want {tuple(want.shape)}   WRONG"
         )
-    error = (got.double() - want.double()).abs().max().item()
+    error = (got.cpu().double() - want.cpu().double()).abs().max().item()
     ok = error <= tol  # False for NaN too
     print(f"check    {name:<44} error {error:.1e}   tol {tol:.0e}   {'ok' if ok else 'WRONG'}")
     if not ok:
@@ -1408,7 +1417,8 @@ def draw(run: Run, corpus: Corpus, bits: float, mixtures: int) -> None:
         value = corpus.rivals[key]
         left.axhline(value, ls="--", lw=0.8, color="gray")
         left.annotate(f"{name}: {value:.2f}", (steps[0], value), va="bottom", color="gray")
-    left.set(xlabel="step", ylabel="bits per byte", ylim=(1.2, 4))
+    lowest = min(bits, corpus.rivals["xz_given_training"])
+    left.set(xlabel="step", ylabel="bits per byte", ylim=(min(1.2, 0.9 * lowest), 4))
     left.set_title(f"Unseen text takes {bits:.2f} bits a byte; xz needs {corpus.rivals['xz']:.2f}")
     left.legend()
     if "max_violation" in metrics[0]:
@@ -1509,6 +1519,8 @@ def arguments() -> argparse.Namespace:
             cli.error(f"--{name} must be positive, got {value}")
     if args.steps and args.minutes:
         cli.error("--steps or --minutes, not both")
+    if args.seed < 0:
+        cli.error(f"--seed must be >= 0, got {args.seed}")
     for name in KEPT if args.resume else ():
         if getattr(args, name) != cli.get_default(name):
             cli.error(f"--{name}: a resumed run keeps what it was begun with")
@@ -1530,7 +1542,7 @@ def begin_run(args, config: DeepSeekConfig, recipe: Recipe, corpus, packages, vo
         "minutes": args.minutes,
         "precision": args.precision,
         # as it lies from here: a resumed run may be started in another folder
-        "data": None if args.data is None else os.path.relpath(args.data, folder),
+        "data": args.data and path_from(folder, args.data),
         "data_digest": corpus.folder.name,
         "packages": packages,
         "vocabulary": vocabulary,  # what was asked for: config has what came of it
@@ -1539,6 +1551,12 @@ def begin_run(args, config: DeepSeekConfig, recipe: Recipe, corpus, packages, vo
     }
     (folder / "run.json").write_text(json.dumps(entry, indent=1) + "\n")
     return Run(folder)
+
+
+def path_from(folder: Path, path: Path) -> str:
+    with contextlib.suppress(ValueError):  # Windows: on another drive
+        return os.path.relpath(path.resolve(), folder.resolve())
+    return str(path.resolve())
 
 
 def fresh_folder(parent: Path, stem: str) -> Path:
@@ -1561,7 +1579,7 @@ def lesson(args: argparse.Namespace) -> None:
     config, recipe = PRESETS[args.preset]
     if args.quick:
         config, recipe = QUICK, Recipe(30, context=64, batch_size=8, learning_rate=3e-3)
-    packages = args.preset in ("mini", "small")
+    packages = args.preset in ("mini", "small") and not args.quick
     vocabulary = args.encoding or config.vocab_size
     if args.resume:
         try:
@@ -1570,7 +1588,7 @@ def lesson(args: argparse.Namespace) -> None:
             args.seed, args.minutes, digest = (entry[k] for k in ("seed", "minutes", "data_digest"))
             packages, vocabulary = entry["packages"], entry["vocabulary"]
             args.precision = entry.get("precision", "bf16")  # runs older than the flag have none
-            args.data = None if entry["data"] is None else args.resume / entry["data"]
+            args.data = None if entry["data"] is None else args.resume.resolve() / entry["data"]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"--resume {args.resume} is no folder of a run: {error!r}") from None
         args.out = args.resume.resolve().parent  # the tokens lie there
@@ -1630,6 +1648,8 @@ def lesson(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = arguments()
+    with contextlib.suppress(AttributeError):  # of a model's text a terminal may lack a character
+        sys.stdout.reconfigure(errors="replace")
     try:
         with processes(args):
             lesson(args)

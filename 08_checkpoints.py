@@ -40,6 +40,7 @@ Run:  python 08_checkpoints.py [FOLDER [--save NEW]]     a chat with what is in 
 import argparse
 import base64
 import codecs
+import contextlib
 import json
 import math
 import os
@@ -397,7 +398,7 @@ def save_released(
     an index. folder must be new or empty, and appears when it is whole. ValueError: it is not, a
     weight in float64, a bos_token_id or eos_token_id that is no special token of encoding.
     """
-    folder, ids = Path(folder), (model.config.bos_token_id, model.config.eos_token_id)
+    folder, ids = Path(folder).resolve(), (model.config.bos_token_id, model.config.eos_token_id)
     must_be_new(folder)
     if shard_bytes < 1:
         raise ValueError(f"want shard_bytes of 1 or more, got {shard_bytes}")
@@ -408,11 +409,14 @@ def save_released(
         special_ids(encoding, *ids)
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)  # left by a kill
     fresh.mkdir()
     try:
         write_weights(model, planned, fresh, shard_bytes)
         if encoding is not None:
             save_tokenizer(encoding, fresh, *ids, chat_template)
+        if folder.exists():
+            folder.rmdir()  # it is empty; Windows puts nothing in its place
         os.replace(fresh, folder)
     except BaseException:
         shutil.rmtree(fresh)
@@ -767,7 +771,7 @@ class Talk:
             del kept[old[0] : old[0] + 2]  # a question and its answer
 
     def answer(self, text: str, hear, max_new_tokens: int, speculative: bool, **drawing) -> dict:
-        """Say `text`; hear(piece) gets the answer as it comes -> tokens, seconds, accepted."""
+        """Say `text`; hear(piece) gets the answer as it comes -> tokens, seconds, prompt."""
         limit = self.model.config.max_position_embeddings
         if not 0 < max_new_tokens < limit:
             raise ValueError(f"want max_new_tokens of 1 to {limit - 1}, got {max_new_tokens}")
@@ -1015,6 +1019,8 @@ def arguments() -> argparse.Namespace:
 
 
 def converse(args: argparse.Namespace) -> None:
+    if not args.folder.is_dir():
+        raise ValueError(f"{args.folder}: no such folder")
     if args.save:
         must_be_new(args.save)  # before 641 GiB are read
     folder = args.folder / "checkpoint" if (args.folder / "checkpoint").exists() else args.folder
@@ -1043,10 +1049,12 @@ def prompted() -> Iterator[str]:
 
 def main() -> None:
     args = arguments()
+    with contextlib.suppress(AttributeError):  # of a model's text a terminal may lack a character
+        sys.stdout.reconfigure(errors="replace")
     if args.folder is not None:
         try:
             return converse(args)
-        except ValueError as error:
+        except (ValueError, OSError, SafetensorError) as error:
             sys.exit(str(error))
     layout = verify_layout()
     with tempfile.TemporaryDirectory() as folder:

@@ -138,9 +138,9 @@ def total(counts: dict[str, tuple[int, int]], which: int = 0, without: tuple = (
     return sum(pair[which] for name, pair in counts.items() if name not in without)
 
 
-def kv_bytes_per_token(c: Config, itemsize: int = 2) -> int:
-    """Bytes of a cached token over all layers: (L + R) numbers each ([2] table 1)."""
-    return c.num_hidden_layers * (c.kv_lora_rank + c.qk_rope_head_dim) * itemsize
+def kv_bytes_per_token(c: Config) -> int:
+    """Bytes of a cached token over all layers, in bf16: (L + R) numbers each ([2] table 1)."""
+    return c.num_hidden_layers * (c.kv_lora_rank + c.qk_rope_head_dim) * 2
 
 
 def flops_per_token(c: Config, context: int, mode: str = "training") -> dict[str, float]:
@@ -234,7 +234,7 @@ def training_cost(
         raise ValueError(f"gpu is one of {', '.join(GPUS)}, not {gpu!r}")
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu is a share of the bf16 peak, in (0, 1], got {mfu}")
-    if tokens <= 0 or price < 0 or context < 1:
+    if not (0 < tokens < math.inf and 0 <= price < math.inf and context >= 1):
         raise ValueError(f"want tokens > 0, price >= 0, context >= 1: {tokens}, {price}, {context}")
     flops = tokens * sum(flops_per_token(c, context).values())
     hours = flops / (mfu * GPUS[gpu].bf16 * 3600)
@@ -282,8 +282,8 @@ def verify_bytes() -> None:
         exactly(f"{name}'s: {want:,} B [6]", layers * 2 * heads * 128 * 2, want)
 
 
-def verify_hours() -> float:
-    """[1] table 1 and [3]; and the rate at which V3 was trained -> FLOP/s of a GPU."""
+def verify_hours() -> None:
+    """[1] table 1 and [3]; and the rate at which V3 was trained, in FLOP/s of a GPU."""
     exactly("2.664 + 0.119 + 0.005 = 2.788 M hours [1]", sum(HOURS.values()) / 1e6, 2.788, 1e-9)
     exactly("x $2 = $5.576 M [1]", sum(HOURS.values()) * PRICE / 1e6, 5.576, 1e-9)
     exactly("R1: 147 K hours = $294 K [3]", sum(R1_HOURS.values()) * PRICE / 1e3, 294, 1e-9)
@@ -305,9 +305,6 @@ def verify_hours() -> float:
     mtp = 6 * (total(count_parameters(base.V3, mtp=True), 1) + head) / sum(flops.values())
     text = f"and with the MTP module's products, {100 * mtp:.1f} % more   derived"
     measure("mfu_with_mtp", whole * (1 + mtp), text)
-    back = training_cost(base.V3, TOKENS, whole).hours
-    exactly("hours from FLOPs and that rate, M", back / 1e6, HOURS["pre-training"] / 1e6, 0.01)
-    return rate
 
 
 # %% 4. Why was it cheap? --------------------------------------------------------------------
@@ -496,9 +493,9 @@ def yours(device: torch.device, price: float) -> None:
         tokens = recipe.steps * recipe.batch_size * recipe.accumulate * recipe.context
         per_token = sum(flops_per_token(config, recipe.context).values())
         hours = tokens * per_token / flops / 3600
-        text = f"hours here for {tokens:.3g} tokens, ${hours * price:,.2f} at ${price:.2f} an hour"
         one = training_cost(config, tokens, MFU, "h100", price, recipe.context)
-        text += f"; {one.hours:.2g} of an H100 at V3's MFU   derived"
+        text = f"hours here for {tokens:.3g} tokens; {one.hours:.2g} of an H100 at V3's MFU, "
+        text += f"${one.dollars:,.2f} at ${price:.2f} an hour   derived"
         measure(f"own_hours_{name}", hours, text)
 
 

@@ -150,7 +150,7 @@ def store(entry: dict, target: Path, figures: dict[str, Path]) -> None:
     """Each file appears whole (written beside, then renamed), the record after its figures."""
     old = json.loads(target.read_text("utf-8"))["figures"] if target.exists() else []
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(target.name + ".tmp")
+    fresh = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     for name, source in figures.items():
         shutil.copyfile(source, fresh)
         os.replace(fresh, target.parent / name)
@@ -195,7 +195,8 @@ def record(script: str, args: list[str], root: Path = ROOT) -> Path:
             raise SystemExit(f"not stored: {path} printed no check and no measure line")
 
         device = describe_device(given.device)
-        name = record_name(path, flags, device["kind"])
+        clean = [without_machine_paths(flag, root) for flag in flags]
+        name = record_name(path, clean, device["kind"])
         drawn = [p for p, when in figure_times(out).items() if earlier.get(p) != when]
         parts = ["-".join(p.relative_to(out).with_suffix("").parts) for p in drawn]
         names = [f"{name}.png"] if len(drawn) == 1 else [f"{name}.{part}.png" for part in parts]

@@ -98,17 +98,14 @@ def main() -> None:
             first.setdefault(name, loss)
     # bf16 rounds the logits to 8 bits; averaged over a batch little of that is left
     gap = max(abs(loss - first["ours"]) for loss in first.values())
-    verdict = "ok" if gap <= 1e-2 else "WRONG"
-    print(f"check    {'first loss = transformers':<44} error {gap:.1e}   tol 1e-02   {verdict}")
-    if verdict != "ok":
-        raise SystemExit(1)
+    chapter.check("first loss = transformers", torch.tensor(gap), torch.tensor(0.0), 1e-2)
     medians = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
     tokens = recipe.batch_size * recipe.context
     for name, seconds in medians.items():
-        print(f"measure  {name + '_tokens_per_second':<44} {tokens / seconds:.5g} {seconds:.3f} s")
+        chapter.measure(f"{name}_tokens_per_second", tokens / seconds, f"{seconds:.3f} s")
     best = min((name for name in medians if name != "ours"), key=medians.get)
     ratio = medians[best] / medians["ours"]
-    print(f"measure  {'transformers_ratio':<44} {ratio:.4g} times the tokens/s of {best}")
+    chapter.measure("transformers_ratio", ratio, f"times the tokens/s of {best}")
 
 
 if __name__ == "__main__":

@@ -576,6 +576,7 @@ def test_inert_keys_are_ignored(value):
         ({"q_lora_rank": "none"}, "q_lora_rank"),
         ({"eos_token_id": 61}, "eos_token_id 61"),
         ({"bos_token_id": -1}, "bos_token_id"),
+        ({"eos_token_id": [1, 2]}, "eos_token_id"),  # several, as transformers allows
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.*linear"),
         ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "factor 0.5"),
         ({"topk_method": "dice"}, "topk_method"),
@@ -714,6 +715,22 @@ def test_greedy_is_argmax_of_a_full_pass(variant):
     assert len({tuple(row) for row in got}) == 3 and len(set(got[0])) > 5  # no constant output
 
 
+def test_evaluate_leaves_the_mode_as_it_was(corpus):
+    model = fresh_model(corpus)
+    for training in True, False:
+        chapter.evaluate(model.train(training), corpus.held_out[:200], 16, 8)
+        assert model.training is training
+
+
+def test_fp8_codes_are_not_saved_without_their_scheme(tmp_path):
+    model = model_of()
+    state = model.model.layers[0].self_attn.o_proj
+    state.weight = nn.Parameter(state.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match="save_released"):
+        model.save_pretrained(tmp_path / "codes")
+    assert not (tmp_path / "codes/model.safetensors").exists()
+
+
 def test_a_row_ends_at_eos():
     model = model_of()
     free = model.generate(PROMPTS, 12)
@@ -747,9 +764,10 @@ def test_a_linear_layer_decodes_a_few_bf16_rows_its_own_way(shape, dtype, few, m
     assert torch.allclose(got, want, rtol=8e-3, atol=8e-3 * float(dtype == torch.bfloat16))
     with torch.no_grad(), pytest.raises(RuntimeError):
         layer(x.to(torch.float16))  # not the weight's dtype: refused as ever
-    biased = chapter.Linear(40, 24).to(dtype)
+    biased, one = chapter.Linear(40, 24).to(dtype), torch.randn(40).to(dtype)
     with torch.no_grad():
         assert torch.equal(biased(x), nn.Linear.forward(biased, x))
+        assert torch.equal(layer(one), nn.Linear.forward(layer, one))
 
 
 @pytest.mark.parametrize(
@@ -965,6 +983,16 @@ def test_default_corpus():
     assert all(
         any(line in d for d in documents) for line in (b"class ArgumentParser", b"def dumps")
     )
+
+
+def test_library_files_are_files(tmp_path, monkeypatch):
+    """Neither a folder named like a module nor an editor's lock, a link that leads nowhere."""
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "folder.py/inside.py").write_text("1")
+    (tmp_path / ".#lock.py").symlink_to("nowhere")
+    monkeypatch.setattr(chapter.sysconfig, "get_paths", lambda: dict.fromkeys(
+        ("stdlib", "purelib"), tmp_path))  # fmt: skip
+    assert set(chapter.library_files(packages=True)) == {tmp_path / "folder.py/inside.py"}
 
 
 @settings(max_examples=100, deadline=None)
@@ -1382,8 +1410,11 @@ def killed():
 
 @pytest.mark.parametrize(
     "step, how",
-    [(1, "ctrl_c"), (7, "ctrl_c"), (8, "ctrl_c"), (16, "ctrl_c"), (5, "killed"), (15, "killed")],
-)
+    [
+        (1, "ctrl_c"), (7, "ctrl_c"), (8, "ctrl_c"), (16, "ctrl_c"), (7, "sigterm"),
+        (5, "killed"), (15, "killed"),
+    ],
+)  # fmt: skip
 def test_resumed_is_uninterrupted(step, how, reference, corpus, tmp_path, monkeypatch):
     """Bit for bit, weights and logged losses; a killed run goes back to its last checkpoint."""
     model = fresh_model(corpus)
@@ -1392,12 +1423,14 @@ def test_resumed_is_uninterrupted(step, how, reference, corpus, tmp_path, monkey
             stop_at(patch, step, killed)
             expected = Cut
         else:
-            stop_at(patch, step, lambda: signal.raise_signal(signal.SIGINT))
+            number = signal.SIGTERM if how == "sigterm" else signal.SIGINT
+            stop_at(patch, step, lambda: signal.raise_signal(number))
             expected = KeyboardInterrupt
-        handler = signal.getsignal(signal.SIGINT)
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         with pytest.raises(expected):
             chapter.train(model, corpus, RECIPE, tmp_path, seed=5)
-        assert signal.getsignal(signal.SIGINT) is handler
+        after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        assert after == handlers
     stopped = losses(tmp_path)[-1][0]
     assert stopped in (step, step + 1)  # the step in progress may be finished first
     other = fresh_model(corpus)
@@ -1949,12 +1982,25 @@ def assert_refused(result, *words):
         (["--encoding", "nonsense"], "nonsense"),
         (["--data", "nowhere"], "nowhere"),
         (["--steps", "3", "--minutes", "1"], "not both"),
+        (["--seed", "-1"], "--seed"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
 def test_bad_flags(args, word, cli, tmp_path):
     assert_refused(cli("--quick", *args), word)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_behind_a_link_finds_its_data_again(tmp_path, ran):
+    """`..` of a path leads elsewhere once a link is followed."""
+    (tmp_path / "disk/deep/er").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to("disk/deep/er")
+    shutil.copytree(ran[0] / "text", tmp_path / "text")
+    settings = ["--quick", "--device", "cpu", "--steps", "2", "--data", "text", "--out", "runs"]
+    for command in settings, ["--resume", "runs/quick", "--device", "cpu"]:
+        with start(tmp_path, *command) as process:
+            out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, out + err
 
 
 def test_resume_takes_no_flag_that_the_run_has_settled(cli, tmp_path):
