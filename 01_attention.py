@@ -57,7 +57,8 @@ except ImportError:  # macOS, Windows: the PyTorch twins do it all
     triton = tl = None
 
 # %% 1. The equation, word for word ----------------------------------------------------------
-# Every attention function of this chapter has this signature, so each can stand in for another.
+# Every attention function of this chapter has this signature, so each can stand in for another:
+# wherever a query sees a key. One that sees none has no softmax, and each returns what it likes.
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, mask=None) -> Tensor:
@@ -161,6 +162,8 @@ class KVCache:
             raise ValueError(f"cache takes two of ({B}, {G}, T, {D}) {self.k.dtype}, got {got}")
         if self.used + T > room:
             raise ValueError(f"cache has {room} slots: {self.used} used + {T} new do not fit")
+        if not self.used:  # a graph of before ends here
+            self.k, self.v = self.k.detach(), self.v.detach()
         rows = torch.arange(B, device=self.k.device)[:, None]  # (B, 1)
         slots = self.lengths[:, None] + torch.arange(T, device=self.k.device)  # (B, T)
         self.k[rows, :, slots] = k.transpose(1, 2)  # the two index axes come first: (B, T, G, D)
@@ -174,11 +177,13 @@ class KVCache:
         kept = torch.as_tensor(lengths, device=self.k.device).expand_as(self.lengths)
         if ((kept < 0) | (kept > self.lengths)).any():
             raise ValueError(f"cannot keep {kept.tolist()} tokens of {self.lengths.tolist()}")
-        self.lengths, self.used = kept.to(torch.int64, copy=True), int(kept.max())
+        self.lengths = kept.to(torch.int64, copy=True)
+        self.used = max(kept.tolist(), default=0)
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows, (B',) indices that may repeat, or a mask (B,)."""
         self.k, self.v, self.lengths = self.k[rows], self.v[rows], self.lengths[rows]
+        self.used = max(self.lengths.tolist(), default=0)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -206,19 +211,15 @@ class GroupedQueryAttention(nn.Module):
         self.k_proj = nn.Linear(C, G * self.head_dim, bias=False)
         self.v_proj = nn.Linear(C, G * self.head_dim, bias=False)
         self.o_proj = nn.Linear(H * self.head_dim, C, bias=False)
-        frequencies = None if rope_theta is None else rope_frequencies(self.head_dim, rope_theta)
-        self.register_buffer("frequencies", frequencies, persistent=False)  # (D/2,)
-
-    def _apply(self, fn, recurse=True):
-        """Keep .to(bfloat16) off the frequencies: position 1000 would be off by a radian."""
-        super()._apply(fn, recurse)
-        if self.frequencies is not None:
-            device = self.frequencies.device
-            self.frequencies = rope_frequencies(self.head_dim, self.rope_theta, device)
-        return self
+        # A plain attribute: .to(bfloat16) would round a buffer, and position 1000 be off by a
+        # radian; a meta device would empty it.
+        D, theta = self.head_dim, rope_theta
+        self.frequencies = None if theta is None else rope_frequencies(D, theta)  # (D/2,)
 
     def cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions: (..., T) -> cos, sin: (..., T, D/2), in fp32 for a narrower dtype."""
+        if self.frequencies.device != positions.device:
+            self.frequencies = rope_frequencies(self.head_dim, self.rope_theta, positions.device)
         wide = torch.promote_types(dtype, torch.float32)
         angles = positions[..., None].to(wide) * self.frequencies.to(wide)
         return angles.cos(), angles.sin()
@@ -252,6 +253,8 @@ class GroupedQueryAttention(nn.Module):
 
 # >>> copy: online_softmax_attention, flash_attention, tiled_attention (needs torch, triton, tl)
 from functools import lru_cache
+
+from torch.autograd.function import once_differentiable
 
 
 def online_softmax_attention(
@@ -538,6 +541,7 @@ class _FlashAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do):
         q, k, v, out, lse = ctx.saved_tensors
         causal, scale, base_2 = ctx.settings
@@ -576,7 +580,7 @@ def flash_attention(
     if mask is None and q.is_cuda and triton is not None and narrow and q.numel() and S:
         if max(q.shape[-1], v.shape[-1]) <= 256 and v.dtype == k.dtype and scale > 0:
             return _FlashAttention.apply(q, k, v, causal, scale)
-    for start in range(0, T, block):
+    for start in range(0, max(T, 1), block):
         stop = min(start + block, T)
         seen = S - T + stop if causal and mask is None else S  # past it the diagonal hides all keys
         rows = None if mask is None else mask[:, :, start:stop]
@@ -604,18 +608,17 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def weights(q: Tensor, k: Tensor, rows: slice, seen: int, causal, scale, mask) -> Tensor:
         """softmax(scale · q kᵀ) of one tile: (B, G, H/G·t, s)."""
-        (B, H), G = q.shape[:2], k.shape[1]
-        q_tile = q[:, :, rows].reshape(B * G, -1, q.shape[-1])  # (B·G, H/G·t, D)
+        (B, H), G, t = q.shape[:2], k.shape[1], rows.stop - rows.start
+        q_tile = q[:, :, rows].reshape(B * G, H // G * t, q.shape[-1])
         k_seen = k[:, :, :seen].flatten(0, 1)  # (B·G, s, D)
         # beta=0: what the first argument holds is never read
         scores = torch.baddbmm(q.new_empty(()), q_tile, k_seen.mT, beta=0, alpha=scale)
-        scores = scores.view(B, H, -1, seen)  # (B, H, t, s)
+        scores = scores.view(B, H, t, seen)
         if mask is not None:
             scores.masked_fill_(~mask[:, :, rows], float("-inf"))
         elif causal:  # the diagonal crosses only the last t keys
-            t = scores.shape[2]
             scores[..., -t:] += q.new_full((t, t), float("-inf")).triu(1)
-        return scores.softmax(-1).view(B, G, -1, seen)  # sums in fp32 whatever the width
+        return scores.softmax(-1).view(B, G, H // G * t, seen)  # sums in fp32 whatever the width
 
     @staticmethod
     def forward(ctx, q, k, v, causal, scale, mask, block):
@@ -632,6 +635,7 @@ class _TiledAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         q, k, v, *kept = ctx.saved_tensors
         (B, G, S, _), (causal, scale, mask, block) = k.shape, ctx.settings
@@ -640,7 +644,8 @@ class _TiledAttention(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))
         for i, (rows, seen) in enumerate(_TiledAttention.tiles(q.shape[2], S, causal, block)):
             weights = kept[i] if kept else again(q, k, rows, seen, causal, scale, mask)
-            q_tile, do = (x[:, :, rows].reshape(B, G, -1, x.shape[-1]) for x in (q, grad))
+            tall = weights.shape[2]
+            q_tile, do = (x[:, :, rows].reshape(B, G, tall, x.shape[-1]) for x in (q, grad))
             dv[:, :, :seen] += weights.mT @ do
             dp = do @ v[:, :, :seen].mT  # (B, G, H/G·t, s)
             # (dp − Σⱼ pⱼ·dpⱼ)·p, in one pass and in fp32
@@ -959,13 +964,13 @@ def bench_kernels(device: torch.device) -> None:
                 "forward": {name: partial(rivals[name], q, k, v) for name in outs},
                 "backward": {name: partial(backward, out) for name, out in outs.items()},
             }
-            flops = B * H * T * T * (D + V) / 1e9  # of forward, half of T² hidden, per ms
             for which, tasks in passes.items():
                 # graphs: what Python takes to launch is not counted; autograd's backward has none
                 forward = which == "forward"
                 bench = triton.testing.do_bench_cudagraph if forward else triton.testing.do_bench
                 ms = {name: bench(task, return_mode="median") for name, task in tasks.items()}
-                speed = flops * (1 if which == "forward" else 2.5) / ms["flash"]
+                products = D + V if forward else 3 * D + 2 * V  # and backward's scores anew
+                speed = B * H * T * T * products / 1e9 / ms["flash"]  # half of T² is hidden
                 others = [f"{n} {ms['flash'] / t:.2f}x" for n, t in ms.items() if n != "flash"]
                 text = f"TFLOP/s; its time beside {', '.join(others) or 'none'}"
                 measure(f"flash_{which}_{D}_{V}_T{T}", speed, text)

@@ -206,6 +206,8 @@ class LatentCache:
             raise ValueError(f"cache takes ({B}, T, {L}) and ({B}, T, {R}), got {got}")
         if self.used + T > self.room:
             raise ValueError(f"cache has {self.room} slots: {self.used} used + {T} new do not fit")
+        if not self.used:
+            self.entries = self.entries.detach()  # a graph of before ends here
         rows = torch.arange(B, device=self.lengths.device)[:, None]  # (B, 1)
         slots = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)  # (B, T)
         place = self.place(rows, slots)
@@ -223,7 +225,8 @@ class LatentCache:
         kept = torch.as_tensor(lengths, device=self.lengths.device).expand_as(self.lengths)
         if ((kept < 0) | (kept > self.lengths)).any():
             raise ValueError(f"cannot keep {kept.tolist()} tokens of {self.lengths.tolist()}")
-        self.lengths, self.used = kept.to(torch.int64, copy=True), int(kept.max())
+        self.lengths = kept.to(torch.int64, copy=True)
+        self.used = max(kept.tolist(), default=0)
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows, (B',) indices that may repeat, or a mask (B,)."""
@@ -306,9 +309,17 @@ class PagedLatentCache(LatentCache):
                 self.free.append(page)
 
 
-def unpaged(entries: Tensor, pages: Tensor) -> Tensor:
-    """(pool, 64, L + R) by pages (B, P) -> (B, 64·P, L + R), as a LatentCache has them."""
-    return entries[pages].flatten(1, 2)
+def unpaged(entries: Tensor, pages: Tensor, lengths: Tensor | None = None, used=None) -> Tensor:
+    """(pool, 64, L + R) by pages (B, P) -> (B, 64·P, L + R), as a LatentCache has them.
+
+    lengths: (B,) tokens of each row, of the longest `used`: no more pages than that takes, and 0
+    past a row's end, where the table may lead to pages of other rows.
+    """
+    if lengths is None:
+        return entries[pages].flatten(1, 2)
+    rows = entries[pages[:, : -(-used // entries.shape[1])]].flatten(1, 2)
+    past = torch.arange(rows.shape[1], device=rows.device) >= lengths[:, None]  # (B, S)
+    return rows.masked_fill(past[..., None], 0)
 
 
 def visible(lengths: Tensor, T: int, S: int) -> Tensor:
@@ -763,7 +774,7 @@ def mla_decode(
     """Attention of all heads to the same entries: whole as keys, without their last R as values.
 
     q: (B, H, T, L + R), entries: (B, S, L + R) -> (B, H, T, L) in the entries' dtype; L is
-    kv_lora_rank. lengths: (B,) tokens of each row, the last T of them the queries, T or more; each
+    kv_lora_rank. lengths: (B,) tokens of each row, T to S, the last T of them the queries; each
     sees what is before it, and itself. None: everything. mask: True where a query may look,
     broadcasts to (B, H, T, S), instead of lengths. pages: (B, P) int, then entries are a pool
     (pages, 64, L + R), and slot j of row b is slot j % 64 of entries[pages[b, j // 64]].
@@ -780,6 +791,8 @@ def mla_decode(
         raise ValueError(f"want (B, H, T, L + R) and (B, S, L + R) or pages (B, P); got {got}")
     if mask is not None and lengths is not None:
         raise ValueError("want a mask or lengths, got both")
+    if lengths is not None and lengths.shape != (B,):
+        raise ValueError(f"want lengths ({B},), one a row, got {tuple(lengths.shape)}")
     differentiable = torch.is_grad_enabled() and (q.requires_grad or entries.requires_grad)
     fits = triton is not None and kv_lora_rank <= 512 and width - kv_lora_rank <= 64
     fits = fits and (pages is None or size % 64 == 0) and entries.stride(-1) == 1
@@ -793,9 +806,10 @@ def mla_decode(
             config = decode_config(H * T, kv_lora_rank, entries.itemsize, place, paged)
         return launch_decode(q, entries, kv_lora_rank, scale, lengths, pages, config)
     if pages is not None:
-        entries = unpaged(entries, pages)
+        longest = None if lengths is None else max(lengths.tolist(), default=0)
+        entries = unpaged(entries, pages, lengths, longest)
     if lengths is not None:
-        mask = visible(lengths, T, S)
+        mask = visible(lengths, T, entries.shape[1])
     rows = q.to(entries.dtype).flatten(1, 2)  # (B, H·T, L + R)
     # Entries on the left: a CPU takes six times as long over 16 bf16 rows times a long transpose.
     # beta=0: what the first argument holds is never read. alpha scales before a bf16 score rounds.
@@ -951,7 +965,7 @@ class MultiHeadLatentAttention(nn.Module):
         continued = cache is not None and cache.used > T
         if absorb is None:
             absorb = continued and T < self.absorb_below
-        lengths = positions[..., -1].expand(B) + 1
+        lengths = x.new_full((B,), T, dtype=torch.int64) if cache is None else cache.lengths
         if absorb:
             if entries is None:
                 entries = torch.cat((latent, k_rope), -1)
@@ -960,7 +974,7 @@ class MultiHeadLatentAttention(nn.Module):
             mask = visible(lengths, T, cache.used) if continued else None
             if entries is not None:
                 if pages is not None:
-                    entries = unpaged(entries, pages)[:, : cache.used]
+                    entries = unpaged(entries, pages, lengths, cache.used)[:, : cache.used]
                 latent, k_rope = entries.to(latent.dtype).split(self.latent_split, -1)
             out = self.explicit(q_nope, q_rope, latent, k_rope, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))

@@ -118,6 +118,25 @@ def test_bf16_sums_in_fp32(function):
 
 
 @pytest.mark.parametrize("function", BLOCKED, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("B, T", [(0, 5), (2, 0), (0, 0)])
+def test_nothing_is_attended_to_by_nobody(function, B, T):
+    q, k, v = qkv(4, 2, T, 5, 8, 6, B=B, grad=True)
+    out = function(q, k, v)
+    assert out.shape == (B, 4, T, 6)
+    out.sum().backward()
+    assert q.grad.shape == q.shape and not k.grad.any() and not v.grad.any()
+
+
+def test_a_second_derivative_is_refused():
+    """Rather than wrong: backward's own steps are not recorded."""
+    q, k, v = qkv(2, 1, 5, 5, 4, grad=True)
+    out = attn.tiled_attention(q, k, v).square().sum()
+    [dq] = torch.autograd.grad(out, [q], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("function", BLOCKED, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("H, G", HEADS)
 def test_gradcheck(function, H, G):
     inputs = qkv(H, G, 5, 5, 3, 2, B=1, grad=True)
@@ -310,10 +329,16 @@ def test_frequencies_stay_fp32(dtype):
     assert layer(torch.randn(1, 5, 64, dtype=dtype)).dtype == dtype
 
 
-def test_frequencies_survive_the_meta_device():
+@pytest.mark.parametrize("how", ["to_empty", "assign"])
+def test_frequencies_survive_the_meta_device(how):
+    source = attn.GroupedQueryAttention(64, 2, 1)
     with torch.device("meta"):
         layer = attn.GroupedQueryAttention(64, 2, 1)
-    assert torch.equal(layer.to_empty(device="cpu").frequencies, attn.rope_frequencies(32))
+    if how == "to_empty":
+        layer.to_empty(device="cpu")
+    layer.load_state_dict(source.state_dict(), assign=how == "assign")
+    x = torch.randn(1, 5, 64)
+    assert torch.equal(layer(x), source(x))
 
 
 def test_bf16_layer_is_near_the_float64_layer():
@@ -389,6 +414,30 @@ def test_selected_rows_go_on_as_if_alone(rows):
 
 
 @torch.no_grad()
+def test_rows_that_go_on_have_the_room_of_their_own_longest():
+    cache = attn.KVCache(2, 10, 1, 4)
+    cache.append(*torch.randn(2, 2, 1, 8, 4))
+    cache.truncate([8, 2])
+    cache.select(torch.tensor([1]))
+    k, _ = cache.append(*torch.randn(2, 1, 1, 3, 4))
+    assert k.shape[2] == cache.used == 5
+    cache.select(torch.tensor([], dtype=torch.int64))
+    cache.truncate(0)
+    assert cache.used == 0
+
+
+def test_an_emptied_cache_trains_again():
+    layer, cache = gqa(), attn.KVCache(2, 5, 2, 6, dtype=torch.float64)
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    for _ in range(2):
+        layer.zero_grad()
+        layer(x, cache).sum().backward()
+        cache.truncate(0)
+    got = layer.k_proj.weight.grad
+    [want] = torch.autograd.grad(layer(x).sum(), [layer.k_proj.weight])
+    assert_close(got, want)
+
+
 @pytest.mark.parametrize("kept", [[5, 5], [3, 5], [0, 2], 4, 0], ids=str)
 def test_truncate_leaves_no_trace(kept):
     """A rejected draft, huge on purpose: the same bits as a cache that never saw it."""

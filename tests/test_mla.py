@@ -348,6 +348,30 @@ def test_truncate_leaves_no_trace(kept):
     assert torch.equal(drafted.lengths, clean.lengths) and drafted.used == clean.used
 
 
+def test_an_emptied_cache_trains_again():
+    layer, x = make(), inputs(2, 5)
+    cache = cache_for(layer, 2, 5)
+    for _ in range(2):
+        layer.zero_grad()
+        layer(x, cache).sum().backward()
+        cache.truncate(0)
+    got = layer.kv_b_proj.weight.grad
+    [want] = torch.autograd.grad(layer(x).sum(), [layer.kv_b_proj.weight])
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("B, T", [(2, 0), (0, 3), (0, 0)])
+def test_no_tokens_are_no_trouble(B, T):
+    layer = make()
+    for cache in None, cache_for(layer, B, 8):
+        for _ in range(2):
+            assert layer(inputs(B, T), cache).shape == (B, T, 24)
+    cache = cache_for(layer, 2, 8)
+    want = layer(inputs(2, 3), cache), cache.lengths
+    layer(inputs(2, 0), cache)
+    assert torch.equal(cache.lengths, want[1]) and cache.used == 3
+
+
 def test_cache_holds_the_normed_latent_and_the_turned_key_only():
     layer, x = make(rope_scaling=UNEQUAL), inputs(2, 5)
     cache = cache_for(layer, 2, 8)
@@ -788,6 +812,39 @@ def test_pages_hold_what_a_plain_cache_holds(data):
         assert [held.count(page) for page in range(40)] == paged.holders
         assert sorted(paged.free) == [page for page in range(40) if page not in held]
         assert paged.sizes == paged.lengths.tolist()
+
+
+@torch.no_grad()
+def test_a_row_with_nan_leaves_the_others_alone():
+    """A short row's table may lead to a page of another's: 0 times NaN would be NaN."""
+    layer, x = make(), inputs(2, 70)
+    x[0, 3] = float("nan")
+    for absorb in True, False:
+        cache = mla.PagedLatentCache(2, 256, 16, 8, dtype=torch.float64)
+        layer(x, cache)
+        cache.truncate([70, 5])
+        got = layer(x[:, 5:7], cache, absorb=absorb)
+        assert got[0].isnan().all() and not got[1].isnan().any()
+        assert_close(got[1], layer(x[1:, :7])[0, 5:])
+
+
+@torch.no_grad()
+def test_the_twin_gathers_no_more_pages_than_the_longest_row_has(monkeypatch):
+    gathered, unpaged = [], mla.unpaged
+    spy = lambda *args: gathered.append(unpaged(*args)) or gathered[-1]
+    monkeypatch.setattr(mla, "unpaged", spy)
+    layer, x = make(), inputs(2, 65)
+    cache = mla.PagedLatentCache(2, 6400, 16, 8, dtype=torch.float64)
+    layer(x, cache)
+    layer(x[:, :1], cache)
+    layer(x[:, :1], cache, absorb=False)
+    assert [rows.shape[1] for rows in gathered] == [128, 128, 128]  # prefill reads it back, too
+
+
+def test_decode_refuses_lengths_of_other_rows():
+    q, entries = torch.randn(3, 2, 1, 6), torch.randn(3, 4, 6)
+    with pytest.raises(ValueError, match=r"lengths \(3,\), one a row, got \(1,\)"):
+        mla.mla_decode(q, entries, 4, 1.0, lengths=torch.tensor([4]))
 
 
 def test_rows_share_pages_until_one_writes():
