@@ -107,6 +107,8 @@ import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 
+from torch.autograd.function import once_differentiable
+
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -221,11 +223,12 @@ class SwiGLU(nn.Module):
 
 
 def few_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """x (n, I), weight (O, I) -> x Wᵀ (n, O), as a CPU without gradients makes a few rows soonest.
+    """x (n, I), weight (O, I) -> x Wᵀ (n, O), without gradients, the fastest way for few rows on a
+    CPU.
 
-    It waits for the weight to come from memory, and in bf16 how fast that comes hangs on the
-    routine. On two cores, in GB/s: one row by `mv` 13 to 22, by `linear` 6 to 14; up to 32 rows
-    with the weight on the left 13 to 23, on the right 10 to 17.
+    The time is that of reading the weight, and in bf16 it depends on the routine that reads. On two
+    cores, in GB/s: one row by `mv` 13 to 22, by `linear` 6 to 14; up to 32 rows with the weight on
+    the left 13 to 23, on the right 10 to 17.
     """
     if weight.dtype.itemsize > 2:
         return F.linear(x, weight)
@@ -241,14 +244,17 @@ def _products(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
     return y
 
 
-def _products_backward(grad: Tensor, x: Tensor, weight: Tensor, sizes: list[int], dw: Tensor):
-    """The gradient of x; that of the weight is written into dw."""
+def _products_backward(grad: Tensor, x: Tensor, weight: Tensor, sizes: list[int], dw=None):
+    """The gradient of x; that of the weight is written into dw, unless it is frozen."""
     dx = torch.empty_like(x)
     by_expert = (t.split(sizes) for t in (grad, x, dx))
     # unbind: autograd would turn each weight[e] into zeros of the size of the whole stack
-    for g, rows, out, w, dw_e in zip(*by_expert, weight.unbind(), dw.unbind(), strict=True):
+    into = [None] * len(weight) if dw is None else dw.unbind()
+    for g, rows, out, w, dw_e in zip(*by_expert, weight.unbind(), into, strict=True):
         if len(rows):
             torch.mm(g, w.to(x.dtype), out=out)
+        if dw is None:
+            continue
         if dw.dtype == x.dtype:
             torch.mm(g.T, rows, out=dw_e)  # zeros for an expert without rows
         else:
@@ -264,9 +270,10 @@ class _GroupedGemm(torch.autograd.Function):
         return _products(x, weight, sizes)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        dw = torch.empty_like(weight)
+        dw = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         return _products_backward(grad, x, weight, ctx.sizes, dw), dw, None
 
 
@@ -804,6 +811,7 @@ class _Dispatch(torch.autograd.Function):
         return x.index_select(0, token_of_row)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (rows_of_token,) = ctx.saved_tensors
         return combine(grad, rows_of_token), None, None
@@ -818,6 +826,7 @@ class _Combine(torch.autograd.Function):
         return combine(rows, rows_of_token)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (token_of_row,) = ctx.saved_tensors
         return grad.index_select(0, token_of_row), None, None
@@ -834,12 +843,15 @@ class _GroupedKernels(torch.autograd.Function):
         return grouped_product("rows", (x, w, token_of_row), x.dtype, ends)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, w, ends, token_of_row, rows_of_token = ctx.saved_tensors
         grad = grad.contiguous()
         dx = grouped_product("rows", (grad, w, None), x.dtype, ends, turned=True)
         if rows_of_token is not None:
             dx = combine(dx, rows_of_token)
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None, None, None
         dw = grouped_product("weights", (grad, x, token_of_row), ctx.dtype, ends)
         return dx, dw, None, None, None
 
@@ -858,6 +870,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         gate_up, weights = ctx.saved_tensors
         P, I = grad.shape
@@ -954,12 +967,16 @@ class _ExpertsInBlocks(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, row_weights, gate_up_proj, down_proj, token_of_row, *saved = ctx.saved_tensors
         dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        wanted = (True, *ctx.needs_input_grad[2:4])  # of the stacks: not where they are frozen
         d_weights, d_gate_up_proj, d_down_proj = (
-            torch.empty_like(t) for t in (row_weights, gate_up_proj, down_proj)
+            torch.empty_like(t) if want else None
+            for t, want in zip((row_weights, gate_up_proj, down_proj), wanted, strict=True)
         )
+        part = lambda stack, e: None if stack is None else stack[e]
         blocks = _ExpertsInBlocks.blocks(ctx.sizes)
         for (e, r), gate_up in zip(blocks, saved, strict=True):
             token, sizes, w = token_of_row[r], ctx.sizes[e], row_weights[r, None]
@@ -967,14 +984,17 @@ class _ExpertsInBlocks(torch.autograd.Function):
             silu = F.silu(gate)
             product = silu * up  # (rows, I)
             d_hidden = _products_backward(
-                grad.index_select(0, token), product * w, down_proj[e], sizes, d_down_proj[e]
-            )
+                grad.index_select(0, token), product * w, down_proj[e], sizes,
+                part(d_down_proj, e),
+            )  # fmt: skip
             d_weights[r] = (d_hidden * product).sum(-1)  # (rows,)
             d_product = d_hidden.mul_(w)
             d_gate = torch.ops.aten.silu_backward(d_product * up, gate)
             d_gate_up = torch.cat((d_gate, silu.mul_(d_product)), -1)  # (rows, 2I)
             rows = x.index_select(0, token)
-            d_rows = _products_backward(d_gate_up, rows, gate_up_proj[e], sizes, d_gate_up_proj[e])
+            d_rows = _products_backward(
+                d_gate_up, rows, gate_up_proj[e], sizes, part(d_gate_up_proj, e)
+            )
             dx.index_add_(0, token, d_rows.to(dx.dtype))
         return dx.to(x.dtype), d_weights, d_gate_up_proj, d_down_proj, None, None
 
@@ -982,8 +1002,8 @@ class _ExpertsInBlocks(torch.autograd.Function):
 def filled_up(load: Tensor, pairs: int) -> Tensor:
     """load: (E,) rows of the experts, `pairs` together -> the same in units of 16 or of 64.
 
-    oneDNN compiles a bf16 product for each new number of rows, and these change every step: it is
-    spared most of that where the rows that fill up are few beside an expert's own.
+    oneDNN compiles a bf16 product for each new number of rows, and these change every step; rounded
+    up, they repeat. The coarser unit is for experts with so many rows that it adds few.
     """
     unit = 64 if pairs >= 256 * len(load) else 16
     return (load + unit - 1) // unit * unit
@@ -1009,22 +1029,22 @@ class Experts(nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))  # before each row is copied K times
-        N, K = indices.shape
-        if kind == "cpu" and N * K < len(load) and not torch.is_grad_enabled():
+        (N, K), own = indices.shape, kind == "cpu" and self.grouped_gemm is None
+        if own and 0 < N * K < len(load) and not torch.is_grad_enabled():
             return self.of_few(x, indices, weights, load)
         by_expert = indices.flatten().to(torch.int32)  # shorter keys are sorted faster
         order = by_expert.argsort(stable=True)  # the (token, k) pairs by expert: N·K
         token_of_row, row = order // K, torch.arange(N * K, device=x.device)
         sizes, P = load, N * K
-        if kind == "cpu" and x.dtype.itemsize == 2 and N * K > 16 * len(load):
+        if kind == "cpu" and x.dtype == torch.bfloat16 and N * K > 16 * len(load):
             sizes = filled_up(load, N * K)
             P = int(sizes.sum())
-            row = row + (sizes - load).cumsum(0).repeat_interleave(load)  # the filling comes first
-            # and repeats token 0, with weight 0
+            # before an expert's own rows come those that fill up: token 0 again, with weight 0
+            row = row + (sizes - load).cumsum(0).repeat_interleave(load)
             token_of_row = order.new_zeros(P).scatter(0, row, token_of_row)
         row_of_pair = torch.empty_like(order).scatter(0, order, row)
         row_weights = weights.new_zeros(P).scatter(0, row_of_pair, weights.flatten()).to(x.dtype)
-        if kind == "cpu" and self.grouped_gemm is None:
+        if own:
             stacks = self.gate_up_proj, self.down_proj
             return _ExpertsInBlocks.apply(x, row_weights, *stacks, token_of_row, sizes.tolist())
         product, routes = self.grouped_gemm or grouped_gemm, (token_of_row, row_of_pair.view(N, K))
@@ -1054,7 +1074,9 @@ class MoE(nn.Module):
 
     Every forward leaves `load`, (E,) int64, the tokens each expert got. A training forward leaves
     `balance_loss`, eq. 17 without its α, for the trainer to add; in eval it is None. Both are
-    overwritten, never added to, so a forward that is recomputed counts nothing twice.
+    overwritten, never added to, so a forward that is recomputed counts nothing twice. (Checkpoint
+    with use_reentrant=False: the other kind runs the first forward without gradients, and the
+    balance loss it leaves has none.)
     linear, grouped_gemm: stand-ins with the signatures of nn.Linear and of `grouped_gemm`.
     router: what `Router` takes beyond the sizes.
     """
@@ -1097,6 +1119,8 @@ def sequence_balance_loss(scores: Tensor, indices: Tensor) -> Tensor:
     counts the experts that were chosen, by bias and groups too, as most code does; eq. 18 prints
     the top K of the bare scores.
     """
+    if not scores.numel():
+        return scores.sum()  # of nothing: 0, where a mean would be NaN
     E, chosen = scores.shape[-1], indices.flatten(-2)  # (..., T·K)
     counts = scores.new_zeros(*scores.shape[:-2], E)
     counts.scatter_add_(-1, chosen, scores.new_ones(chosen.shape))

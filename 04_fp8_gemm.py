@@ -97,6 +97,8 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple
 
+from torch.autograd.function import once_differentiable
+
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -803,12 +805,17 @@ class _FP8Product(torch.autograd.Function):
         return fp8_gemm(x_codes, x_scales, w_codes, w_scales, x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x_codes, x_scales, w_codes, w_scales = ctx.saved_tensors
         power_of_two, gradient_blocks = ctx.settings
         quantize = quantize_blocks if gradient_blocks else quantize_tiles
         w_turned = w_codes.T.contiguous(), w_scales.T.contiguous()
-        dx = fp8_gemm(*quantize(dy, power_of_two), *w_turned, dy.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = fp8_gemm(*quantize(dy, power_of_two), *w_turned, dy.dtype)
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None, None
         dy_turned = quantize_along(dy, power_of_two=power_of_two)
         x_turned = quantize_along(x_codes, x_scales, power_of_two=power_of_two)
         dw = fp8_gemm(*dy_turned, *x_turned, torch.float32)
@@ -826,10 +833,13 @@ class _FP8Grouped(torch.autograd.Function):
         return _gemm_by_rows(*x_fp8, *w_fp8, ends, x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x_codes, x_scales, w_codes, w_scales, ends = ctx.saved_tensors
         w_turned = w_codes.mT.contiguous(), w_scales.mT.contiguous()
         dx = _gemm_by_rows(*quantize_tiles(dy, ctx.power_of_two), *w_turned, ends, dy.dtype)
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None, None
         dy_turned = quantize_along(dy, None, ends, ctx.power_of_two)
         x_turned = quantize_along(x_codes, x_scales, ends, ctx.power_of_two)
         dw = _gemm_along_rows(*dy_turned, *x_turned, ends, torch.float32)

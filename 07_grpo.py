@@ -97,8 +97,8 @@ def group_advantages(rewards: Tensor, normalize: str = "std") -> Tensor:
     """How much better than its group: (P, G) rewards, G answers to each prompt -> (P, G).
 
     "std": (r − mean) / std, the std with G − 1 as PyTorch's and TRL's ([1] §4.1.2); "mean": r −
-    mean (Dr.GRPO). A group of equals has none, exactly: rounding would leave a remainder, and its
-    std would blow that up. ValueError: another shape or name, a reward that is no finite number.
+    mean (Dr.GRPO). A group of equals, but for rounding, has none, exactly: its std would blow the
+    remainder up. ValueError: another shape or name, a reward that is no finite number.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"want rewards (P, G) of 2 or more answers, got {tuple(rewards.shape)}")
@@ -108,7 +108,8 @@ def group_advantages(rewards: Tensor, normalize: str = "std") -> Tensor:
         raise ValueError(f"rewards must be finite, got {rewards[~rewards.isfinite()][0].item()}")
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     centred = rewards - rewards.mean(1, keepdim=True)
-    tied = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)
+    tied = spread <= 1e-6 * rewards.abs().amax(1, keepdim=True)  # 0.1 + 0.2 and 0.3 are, too
     scaled = centred / rewards.std(1, keepdim=True) if normalize == "std" else centred
     return torch.where(tied, 0.0, scaled)
 
@@ -127,7 +128,7 @@ def process_advantages(rewards: Tensor, ends: Tensor, T: int) -> Tensor:
         raise ValueError(f"rewards must be finite, got {rewards.tolist()}")
     normed = torch.zeros_like(rewards, dtype=torch.promote_types(rewards.dtype, torch.float32))
     values = rewards[there].to(normed.dtype)
-    if len(values) > 1 and values.amax() > values.amin():
+    if len(values) > 1 and values.amax() - values.amin() > 1e-6 * values.abs().amax():
         normed[there] = (values - values.mean()) / values.std()
     reached = ends[:, :, None] >= torch.arange(T, device=ends.device)  # (G, S, T)
     return (normed[:, :, None] * reached).sum(1)
@@ -153,6 +154,8 @@ def denominators(mask: Tensor, kind: str, constant: float | None = None) -> Tens
     kinds = {"sequence": B * tokens, "token": tokens.sum().expand(B)}
     if constant is not None:
         kinds["constant"] = torch.full_like(tokens, B, dtype=torch.float32) * constant
+    if kind == "constant" and constant is None:
+        raise ValueError("denominator 'constant' wants the constant, the longest answer in tokens")
     if kind not in kinds:
         raise ValueError(f"denominator is one of {', '.join(kinds)}, not {kind!r}")
     return kinds[kind].clamp(min=1).float()
@@ -211,7 +214,7 @@ class Rollout(NamedTuple):
     mask: Tensor  # (B, T − 1) bool: was tokens[:, 1:] drawn?
     logp: Tensor  # (B, T − 1) fp32: ln of the probability it was drawn with; else 0
     ended: Tensor  # (B,) bool: by its end, and not by the limit
-    # (B, T, mixtures, K): the experts of each token that another was drawn behind; then zeros
+    # (B, T, mixtures, K): the experts each token used, if one was drawn after it; 0 elsewhere
     routes: Tensor | None = None
 
     def answers(self) -> list[list[int]]:
@@ -391,7 +394,7 @@ def language_reward(response: str, word: str = r"[A-Za-z]+") -> float:
 
 def overlong_penalty(length: int, limit: int, buffer: int) -> float:
     """0 down to −1 over the last `buffer` tokens (DAPO, arXiv:2503.14476)."""
-    return -min(max(length - (limit - buffer), 0) / buffer, 1.0)
+    return -min(max(length - (limit - buffer), 0) / max(buffer, 1), 1.0)
 
 
 class Problem(NamedTuple):
@@ -417,7 +420,8 @@ class Task:
         return accuracy_reward(response, problem.answer) == 1
 
     def reward(self, problem: Problem, response: str) -> float:
-        """By rules alone. The form counts a fifth: it leads to where answers are looked for."""
+        """By rules alone. The form, as much as the answer in R1-Zero [2], counts a fifth here: it
+        leads to where answers are looked for."""
         return self.correct(problem, response) + 0.2 * format_reward(response)
 
 
@@ -586,6 +590,7 @@ def load_task(name: str) -> Task:
     if path.suffix == ".jsonl":
         return Questions(path)
     module = types.ModuleType(f"task_in_{path.stem}")
+    module.__file__ = str(path.resolve())
     sys.modules[module.__name__] = module
     exec(compile(path.read_text("utf-8"), str(path), "exec"), module.__dict__)
     task = getattr(module, kind, None)
@@ -679,6 +684,12 @@ class Recipe:
         for name, value in least.items():
             if not getattr(self, name) >= value:
                 raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
+        for name in "steps", "prompts", "group", "updates", "epochs", "pack":
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} must be an int, got {getattr(self, name)}")
+        if self.updates > self.prompts * self.group:
+            text = f"{self.prompts} prompts of {self.group} answers"
+            raise ValueError(f"updates {self.updates} are more than {text}")
         for name in "learning_rate", "clip", "clip_high":
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -706,7 +717,7 @@ def run_stage(
     model: base.DeepSeek, optimizer, encoding: tiktoken.Encoding, steps: int, folder: Path,
     step: Callable[[int], dict], every: int = 20,
 ) -> list[dict]:  # fmt: skip
-    """step(number) -> its metrics, `steps` times over, logged into `folder`, saved at every 20th.
+    """step(number) -> its metrics, `steps` times over, logged into `folder`, saved at each `every`.
 
     What lies there already is gone on with. Ctrl-C ends the step and saves; so does a BadReward,
     which no step raises once it has touched the weights. A step must depend on its number alone,
@@ -788,7 +799,7 @@ def checked_rewards(reward: Reward, problems: list[Problem], responses: list[str
     except Exception as error:
         for problem, response in zip(problems, responses, strict=True):  # which one was it?
             try:
-                reward([problem], [response])
+                float(list(reward([problem], [response]))[0])
             except Exception:
                 text = f"the reward of prompt {problem.prompt!r}, response {response!r} raises"
                 raise BadReward(f"{text} {error!r}") from error
@@ -799,11 +810,11 @@ def checked_rewards(reward: Reward, problems: list[Problem], responses: list[str
             f"{len(rewards)} rewards for {len(problems)} responses, the first to prompt "
             f"{problems[0].prompt!r}"
         )
-    for problem, response, value in zip(problems, responses, rewards, strict=True):
-        if not math.isfinite(value):
-            text = f"the reward of prompt {problem.prompt!r}, response {response!r} is {value}"
-            raise BadReward(text)
-    return torch.tensor(rewards)
+    found = torch.tensor(rewards)  # fp32: 1e39 is no number there
+    for i in (~found.isfinite()).nonzero().flatten().tolist():
+        text = f"the reward of prompt {problems[i].prompt!r}, response {responses[i]!r}"
+        raise BadReward(f"{text} is {rewards[i]}, want a finite number of fp32")
+    return found
 
 
 def packs(lengths: Tensor, budget: int) -> Iterator[Tensor]:
@@ -833,7 +844,7 @@ def update(
     clipped, tokens, gap = 0.0, 0, None
     for epoch in range(recipe.epochs):
         shuffled = torch.randperm(len(mask), generator=generator).to(device)
-        for number, part in enumerate(shuffled.chunk(recipe.updates)):
+        for number, part in enumerate(shuffled.tensor_split(recipe.updates)):
             divisor = denominators(mask[part], recipe.denominator, limit)  # of all that were drawn
             used = mask[part].any(1)
             if recipe.skip_ties and not recipe.beta:
@@ -901,6 +912,7 @@ def train_grpo(
         texts = decode_answers(encoding, sampled)
         asked = [problem for problem in problems for _ in range(recipe.group)]
         rewards = checked_rewards(reward, asked, texts)
+        right = checked_rewards(lambda *both: list(map(task.correct, *both)), asked, texts)
         if recipe.overlong == "penalty":
             limit, lengths = task.max_new_tokens, sampled.mask.sum(1).tolist()
             rewards += torch.tensor(
@@ -918,7 +930,7 @@ def train_grpo(
             reference if recipe.beta else None,
         )  # fmt: skip
         return {
-            "accuracy": statistics.fmean(map(task.correct, asked, texts)),
+            "accuracy": right.mean().item(),
             "length": sampled.mask.sum().item() / len(texts),
             "reward": rewards.mean().item(),
             "format": statistics.fmean(map(format_reward, texts)),
@@ -966,6 +978,8 @@ def own_answers(
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """1 − C(n − c, k) / C(n, k): is one of k right, from n of which c are (arXiv:2107.03374)?"""
+    if not 1 <= k <= n:
+        raise ValueError(f"want k from 1 to the {n} samples, got {k}")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -1123,10 +1137,13 @@ def draw_curves(metrics: list[dict], ceiling: float | None, out: Path) -> None:
         text = "right answers before the cold start hid it"
         left.axhline(ceiling, ls="--", lw=0.8, color="gray", label=text)
     left.set(xlabel="step", ylabel="share of a batch, T = 1", ylim=(0, 1.08))
+    title = "Rewards alone bring the thinking back"
+    if metrics[0]["thinks"] > 0.5:
+        title = "It always thought; rewards alone make it right more often"
     gained = metrics[-1]["accuracy"] > metrics[0]["accuracy"] + 0.1
-    left.set_title("Rewards alone bring the thinking back" if gained else "No gain from rewards")
+    left.set_title(title if gained else "No gain from rewards")
     left.legend(loc="lower right", fontsize=8)
-    inset = left.inset_axes((0.5, 0.45, 0.4, 0.25))
+    inset = left.inset_axes((0.55, 0.3, 0.4, 0.17))
     inset.plot((0, 10_400), (0.156, 0.779), "o--", lw=0.8, color="tab:red")  # [2]
     inset.set_title("R1-Zero, AIME 2024: first and last", fontsize=7)
     inset.tick_params(labelsize=6)
@@ -1136,9 +1153,9 @@ def draw_curves(metrics: list[dict], ceiling: float | None, out: Path) -> None:
     right.plot(steps, curve("entropy"), label="entropy, nats a token")
     right.plot(steps, curve("kl"), label="KL to where it began (k3), nats a token")
     right.plot(steps, curve("tied"), label="groups without an advantage", alpha=0.6)
-    right.set(xlabel="step", ylim=(0, None))
+    right.set(xlabel="step", ylim=(0, 1.4))  # a share ends at 1: above it is room for the legend
     right.set_title("How sure the policy is, how far it has moved")
-    right.legend()
+    right.legend(loc="upper right")
     figure.savefig(out, dpi=120)
     plt.close(figure)
 
@@ -1174,7 +1191,7 @@ def bench(model: base.DeepSeek, encoding: tiktoken.Encoding, task: Task) -> None
 #    to a third meanwhile, and which of the right figure's curves tells you when?
 # 2. Reward the answer's digits anywhere in the response instead of between the tags. What does the
 #    policy find, and how many steps does it need? (benchmarks/grpo.py hack)
-# 3. Detach logp, and pass it for old_logp too (`grpo_loss(logp, logp.detach(), …)`), with two
+# 3. Pass what is scored now as what was scored then: `grpo_loss(logp, logp.detach(), …)`, with two
 #    updates a batch. Why does the ratio never leave 1, and what is lost?
 
 

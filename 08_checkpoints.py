@@ -148,9 +148,6 @@ class Stored(nn.Module):
             self._buffers[name] = moved if same else tensor.to(moved.device)
         return self
 
-    def __getitem__(self, expert: int) -> Tensor:
-        return fp8.dequantize(self.weight[expert], self.weight_scale_inv[expert])
-
 
 def without_gradient(x: Tensor) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
@@ -291,7 +288,7 @@ def load_released(
     are compared before a weight is read, and then there is one tensor in memory beside the model
     (and FP8's scales: 0.17 GB of V3's 641). dtype: of the weights; None: the file's, bf16 for FP8.
     keep_fp8: linear layers and experts, all but kv_b_proj, keep their codes and multiply in FP8: a
-    byte a weight, for inference; a few tokens on a CPU meet an expert's decoded weights unrounded.
+    byte a weight, for inference.
     with_mtp: see `DeepSeek.from_pretrained`.
     ValueError: what does not fit, by name; a scale of another shape; a NaN or an infinity.
     """

@@ -154,9 +154,9 @@ WEAK, RECIPE = chapter.PRESETS["beyond"]
 
 
 def weak_base(seed: int) -> tuple[nn.Module, int]:
-    """Half of its answers wrong, or nearly: the first of 560, 540, … steps to leave a third wrong.
+    """The first of 560, 540, … steps of training that leave a third of its answers wrong, or more.
 
-    Learning is sudden here, at a step that no two seeds share, so a number of steps won't do.
+    Learning is sudden here, at a step that no two seeds share, so one number of steps won't do.
     """
     for steps in range(WEAK["worked"].steps, 0, -20):
         torch.manual_seed(seed)
@@ -164,6 +164,7 @@ def weak_base(seed: int) -> tuple[nn.Module, int]:
         examples(model, TASK.clean, replace(WEAK["worked"], steps=steps), seed, "worked")
         if look(model)["pass_at_1"] <= 2 / 3:
             return model, steps
+    raise ValueError(f"seed {seed}: even untrained it is right in two of three answers")
 
 
 def beyond(seed: int, store: Path, steps: int) -> dict:
@@ -183,7 +184,7 @@ def beyond(seed: int, store: Path, steps: int) -> dict:
         """One run, one optimizer, as long as the budget lasts by the time of its first 20 steps."""
         begin = spent()
         examples(copy.deepcopy(student), example, Examples(20, 32, 5e-4), seed, "pace")
-        steps = int((budget - spent()) / (spent() - begin) * 20)
+        steps = max(int((budget - spent()) / (spent() - begin) * 20), 1)
         examples(student, example, Examples(steps, 32, 5e-4), seed, "more")
 
     def own_answers(student, spent: Callable) -> None:

@@ -195,8 +195,9 @@ def test_fp8_kept_is_the_products_of_chapter_04(tmp_path):
     moved = kept.to(torch.bfloat16)  # codes stay codes, scales fp32
     assert moved.model.layers[1].self_attn.q_a_proj.weight.dtype == CODES
     assert moved.model.layers[1].mlp.experts.down_proj.weight_scale_inv.dtype == torch.float32
-    with torch.no_grad():  # one token, too few for all experts: another way through them
-        assert kept(TOKENS[:1, :1]).isfinite().all()
+    with torch.no_grad():
+        among = layer.mlp(x)[:1, :1]
+        assert torch.allclose(layer.mlp(x[:1, :1]), among, rtol=1e-4, atol=1e-5)  # a token alone
         chapter.save_released(kept, tmp_path / "again")
     coded = [
         {name for name, kind in chapter.Shards(tmp_path / folder).kind.items() if kind == "F8_E4M3"}

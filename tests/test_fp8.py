@@ -669,3 +669,17 @@ def test_model_in_fp8():
 def test_precision_is_one_of_two():
     with pytest.raises(ValueError, match="bf16, fp8, not 'fp4'"):
         chapter.DeepSeek(chapter.QUICK, "fp4")
+
+
+@pytest.mark.parametrize("which", ["weight", "input"])
+def test_what_wants_no_gradient_gets_no_product(which, monkeypatch):
+    layer, x = fp8.FP8Linear(64, 32, bias=False), torch.randn(5, 64, requires_grad=True)
+    layer(x).sum().backward()
+    want = x.grad if which == "weight" else layer.weight.grad
+    x.grad = layer.weight.grad = None
+    (layer.weight if which == "weight" else x).requires_grad_(False)
+    products, gemm = [], fp8.fp8_gemm
+    monkeypatch.setattr(fp8, "fp8_gemm", lambda *a, **k: products.append(1) or gemm(*a, **k))
+    layer(x).sum().backward()
+    assert len(products) == 2  # forward, and one of the two gradients
+    assert torch.equal(x.grad if which == "weight" else layer.weight.grad, want)

@@ -71,9 +71,22 @@ def test_a_tie_has_no_advantage_whatever_its_mean_rounds_to(value, normalize):
     assert torch.equal(got, torch.zeros(2, 7))
 
 
+@pytest.mark.parametrize("normalize", ["std", "mean"])
+def test_rewards_that_rounding_alone_tells_apart_are_a_tie(normalize):
+    for values, dtype in (
+        ([0.10000002, 0.1, 0.1], torch.float32),
+        ([0.1 + 0.2, 0.3, 0.3], torch.float64),
+    ):
+        rewards = torch.tensor([values], dtype=dtype)
+        assert rewards.amax() > rewards.amin()
+        assert not chapter.group_advantages(rewards, normalize).any()
+        ends = torch.zeros_like(rewards, dtype=torch.int64)
+        assert not chapter.process_advantages(rewards, ends, 2).any()
+
+
 def test_a_small_difference_is_no_tie():
-    rewards = torch.tensor([[1.0, 1.0, 1.0, 1.0 + 2**-23]])
-    assert chapter.group_advantages(rewards)[0, 3] == pytest.approx(1.5, rel=0.2)
+    rewards = torch.tensor([[1.0, 1.0, 1.0, 1.0 + 1e-5]])
+    assert chapter.group_advantages(rewards)[0, 3] == pytest.approx(1.5, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -716,11 +729,13 @@ def test_a_task_of_ones_own(tmp_path):
         "from importlib import import_module\n"
         "grpo = import_module('07_grpo')\n\n\n"
         "class Echo(grpo.Task):\n"
+        "    beside = __file__\n\n"
         "    def problem(self, rng, held_out):\n"
         "        digit = str(rng.randrange(5) + 5 * held_out)\n"
         "        return grpo.Problem(digit, digit, held_out)\n"
     )
     task = chapter.load_task(f"{tmp_path}/mine_for_07.py:Echo")
+    assert task.beside == str(tmp_path / "mine_for_07.py")
     problem = task.problem(random.Random(0), True)
     assert task.reward(problem, f"<think></think><answer>{problem.answer}</answer>") == 1.2
     for name in "Other", "", "grpo":
@@ -756,6 +771,9 @@ def test_rewards_are_checked():
         check(lambda p, t: [1 / (x.answer != "6") for x in p])
     with pytest.raises(ValueError, match=r"prompt '3\+3=', response 'b' is nan"):
         check(lambda p, t: [1.0, math.nan])
+    for bad, said in (1e39, "is 1e\\+39"), (None, "raises TypeError"):  # fp32 has no 1e39
+        with pytest.raises(chapter.BadReward, match=rf"prompt '3\+3=', response 'b' {said}"):
+            check(lambda p, t, bad=bad: [bad if x.answer == "6" else 1.0 for x in p])
     with pytest.raises(chapter.BadReward, match=r"2 responses together raise Zero.*'2\+2='"):
         check(lambda p, t: [1 / (len(p) - 2)])
     with pytest.raises(ValueError, match=r"1 rewards for 2 responses.*'2\+2='"):
@@ -768,6 +786,8 @@ def test_pass_at_k_by_enumeration():
             draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
             want = sum(map(any, draws)) / len(draws)
             assert chapter.pass_at_k(n, c, k) == pytest.approx(want)
+    with pytest.raises(ValueError, match="from 1 to the 4 samples, got 5"):
+        chapter.pass_at_k(4, 2, 5)
 
 
 # Runs ----------------------------------------------------------------------------------------
@@ -862,6 +882,33 @@ def test_the_kind_of_advantage(tmp_path, monkeypatch):
     train(tmp_path / "a" / "rl", 1, some)
     train(tmp_path / "b" / "rl", 1, some, advantages="std")
     assert kinds == ["mean", "std"]
+
+
+def test_a_task_that_cannot_tell_stops_before_the_update(tmp_path):
+    """Also with a reward of one's own: the policy is saved as the last step left it."""
+
+    class Unsure(chapter.Clock):
+        max_new_tokens = 20
+
+        def correct(self, problem, response):
+            raise KeyError("no judge today")
+
+    model = base.DeepSeek(SMALL)
+    before = [p.detach().clone() for p in model.parameters()]
+    recipe = Recipe(steps=2, prompts=2, group=2)
+    with pytest.raises(chapter.BadReward, match="no judge today"):
+        chapter.train_grpo(model, ENCODING, Unsure(), recipe, tmp_path / "rl", 0, some)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert (tmp_path / "rl/checkpoint/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "change, words", [({"updates": 5}, "5 are more"), ({"updates": 1.5}, "int, got 1.5")]
+)
+def test_updates_are_parts_of_a_rollout(change, words):
+    with pytest.raises(ValueError, match=words):
+        Recipe(prompts=2, group=2, **change)
+    assert Recipe(prompts=2, group=2, updates=4)
 
 
 def test_examples_teach(tmp_path):

@@ -681,6 +681,63 @@ def test_a_few_tokens_ask_their_own_experts_alone(tokens, dtype, tol, monkeypatc
     assert (got - want).abs().max() <= tol * want.abs().max()
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_no_tokens_are_no_trouble(shape, training):
+    layer = moe.MoE(32, 24, 16, 4).train(training)
+    for grad in True, False:
+        with torch.set_grad_enabled(grad):
+            assert layer(torch.randn(*shape, 32)).shape == (*shape, 32)
+            assert not layer.load.any()
+    if training:
+        assert layer.balance_loss == 0
+
+
+def test_a_token_alone_takes_the_product_that_was_given():
+    asked = []
+
+    def product(x, weight, sizes):
+        asked.append(len(x))
+        return moe.grouped_gemm(x, weight, sizes)
+
+    layer = moe.MoE(32, 24, 16, 4, grouped_gemm=product)
+    with torch.no_grad():
+        layer(torch.randn(1, 1, 32))
+    assert asked == [4, 4]
+
+
+@pytest.mark.parametrize("given", [None, moe.grouped_gemm])
+def test_frozen_experts_cost_no_gradient(given):
+    """Of 3 products (forward, rows, weights) the third; what lies before them learns as ever."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer, flops = moe.MoE(32, 24, 4, 2, 0, grouped_gemm=given), []
+    x, found = torch.randn(1, 50, 32, requires_grad=True), []
+    for trained in True, False:
+        layer.experts.requires_grad_(trained)
+        with FlopCounterMode(display=False) as counter:
+            y = layer(x)
+            before = counter.get_total_flops()
+            y.sum().backward()
+        flops.append(counter.get_total_flops() - before)
+        found.append([t.grad.clone() for t in (x, layer.gate.weight)])
+        assert (layer.experts.down_proj.grad is None) is not trained
+        layer.zero_grad()
+        x.grad = None
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
+    products = 2 * 50 * 2 * 3 * 32 * 24
+    assert flops[0] - flops[1] == products
+
+
+def test_a_second_derivative_is_refused():
+    layer = moe.MoE(32, 24, 4, 2)
+    x = torch.randn(1, 5, 32, requires_grad=True)
+    [dx] = torch.autograd.grad(layer(x).square().sum(), [x], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
 @pytest.mark.parametrize("rows", [1, 2, 7, 32])
 @pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
 def test_few_rows_are_those_of_a_linear_layer(rows, dtype, tol):
