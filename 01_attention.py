@@ -155,7 +155,7 @@ class KVCache:
         self.used = 0  # the longest row, as a Python int: asking `lengths` would wait for the GPU
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v: (B, G, T, D), written behind each row's last token -> both, (B, G, S = used, D)."""
+        """k, v: (B, G, T, D), written after each row's last token -> both, (B, G, S = used, D)."""
         (B, G, room, D), T = self.k.shape, k.shape[2]
         if k.shape != (B, G, T, D) or v.shape != k.shape or {k.dtype, v.dtype} != {self.k.dtype}:
             got = f"{tuple(k.shape)}, {tuple(v.shape)} {k.dtype}"
@@ -782,7 +782,7 @@ def verify_cache(device: torch.device) -> None:
     cache, prompts = KVCache(2, 42, 2, 16, x.device, x.dtype), x.clone()
     prompts[0, 28:], prompts[1, 4:] = 5.0, 5.0  # padding that would show
     layer(prompts, cache)
-    cache.truncate([28, 4])  # what lies behind is now stale
+    cache.truncate([28, 4])  # what comes later is now stale
     new, want = (torch.stack([t[0, 28:33], t[1, 4:9]]) for t in (x, full))  # (2, 5, C)
     check("rows of unequal length = each alone", layer(new, cache), want, EXACT)
 

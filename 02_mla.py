@@ -340,7 +340,7 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, m
     if mask is None and causal and T not in (1, S):  # PyTorch's is_causal: the first T of S
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     causal = causal and mask is None and T > 1
-    # With V ≠ D a CPU computes and keeps all T·S weights; zeros behind v let it work tile by tile.
+    # With V ≠ D a CPU computes and keeps all T·S weights; zeros after v let it work tile by tile.
     # B=8, H=8, T=512, D=48, V=32, forward and backward: 2.2x as fast in fp32, 1.7x in bf16.
     v_wide = F.pad(v, (0, D - V)) if D > V and v.device.type == "cpu" else v
     out = F.scaled_dot_product_attention(q, k, v_wide, mask, 0.0, causal, scale=scale)
@@ -946,7 +946,7 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(
         self, x: Tensor, cache: LatentCache | None = None, absorb: bool | None = None
     ) -> Tensor:
-        """absorb: which form; None: absorbed for a few tokens behind a filled cache, else explicit.
+        """absorb: which form; None: absorbed for a few tokens more in a filled cache, else explicit.
 
         Gradients flow through either, and through one call with a cache that was empty.
         """
@@ -961,7 +961,7 @@ class MultiHeadLatentAttention(nn.Module):
         latent, k_rope = self.latents(x, cos, sin)
         if cache is not None:
             entries, pages = cache.append(latent, k_rope), cache.pages  # (B, S, L + R)
-        # behind what all rows began without, the plain causal kernel will do
+        # where all rows began empty, the plain causal kernel will do
         continued = cache is not None and cache.used > T
         if absorb is None:
             absorb = continued and T < self.absorb_below
@@ -1063,7 +1063,7 @@ def verify_cache(device: torch.device) -> None:
     cache, prompts = LatentCache(2, 45, 32, 8, device, x.dtype), x.clone()
     prompts[0, 28:], prompts[1, 4:] = 5.0, 5.0  # padding that would show
     layer(prompts, cache)
-    cache.truncate([28, 4])  # what lies behind is now stale
+    cache.truncate([28, 4])  # what comes later is now stale
     new, want = (torch.stack([t[0, 28:33], t[1, 4:9]]) for t in (x, full))  # (2, 5, C)
     check("rows of unequal length = each alone", layer(new, cache), want, EXACT)
     paged = PagedLatentCache(2, 128, 32, 8, device, x.dtype, pool=3)

@@ -600,7 +600,7 @@ if HAS_GLUON:
 
         out (M, N): row m is w a[m], w of m's expert, a: (M, K), b: (E, N, K), or TURNED (E, K, N).
         WEIGHTS: out (E, height, N): Σ a[m] b[m]ᵀ over an expert's rows, a: (M, height), b: (M, N).
-        a, b and out_box are descriptors, E and the axis behind it one; out_box is None for fp32.
+        a, b and out_box are descriptors, E and the axis after it one; out_box is None for fp32.
         """
         tiles_n, tiles, first_row = gl.cdiv(N, 256), gl.to_tensor(0), gl.to_tensor(0)
         for e in range(E):

@@ -30,7 +30,7 @@ two: 1.8 times the tokens a second, of the same text. (On a CPU and at a small s
     D     num_nextn_predict_layers     1  1       λ = 0.3, for the last third of the tokens 0.1
 
 The released weights want [RMSNorm(Emb) ; RMSNorm(h)], the embedding first: eq. 21 prints the other
-order. h is the state behind the model's last norm, and a position keeps its number in the module.
+order. h is the state after the model's last norm, and a position keeps its number in the module.
 
 Run:  python 05_mtp.py [--bench]          30 s on two CPU cores
 """
@@ -95,7 +95,7 @@ class MTPModule(nn.Module):
 
     block: a causal transformer block, called as block(x) or block(x, cache), (B, T, C) -> the same.
     Parameters carry the names of the released checkpoints, where they lie, with those of the block,
-    in the layer behind the last. Embedding and head are the main model's and stay with it.
+    in the layer after the last. Embedding and head are the main model's and stay with it.
     """
 
     def __init__(self, block: nn.Module, hidden_size: int, rms_norm_eps: float = 1e-6):
@@ -109,7 +109,7 @@ class MTPModule(nn.Module):
     def forward(self, embedded: Tensor, hidden: Tensor, cache=None) -> Tensor:
         """Position i joins the state hᵢ with the embedding of a later token -> (B, T, C), normed.
 
-        embedded, hidden: (B, T, C) each; hidden is the main model's behind its last norm, or the
+        embedded, hidden: (B, T, C) each; hidden is the main model's after its last norm, or the
         output of the module before. With a cache, the positions stand behind those it holds.
         """
         joined = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1))
@@ -124,7 +124,7 @@ def mtp_loss(
 ) -> Tensor:  # fmt: skip
     """λ/D Σₖ Lᵏ (V3 eq. 24, 25), to be added to the main loss. Each Lᵏ is divided by T, not T − k.
 
-    modules: the D modules, a chain. hidden: (B, T, C), the main model's states behind its last norm
+    modules: the D modules, a chain. hidden: (B, T, C), the main model's states after its last norm
     over tokens[:, :T]; tokens: (B, T + 1), one more, the label of the last. weight: λ.
     embed, head: the main model's, (B, T) -> (B, T, C) and (…, C) -> (…, V).
     documents: (B, T + 1) int, which document a token is of; where hᵢ and the token that joins it
@@ -194,7 +194,7 @@ def choose(logits: Tensor, temperature: float, top_p: float = 1.0, generator=Non
 def accept_or_redraw(
     draft: Tensor, q_logits: Tensor, logits: Tensor, temperature: float, top_p=1.0, generator=None
 ) -> tuple[Tensor, Tensor]:
-    """Is the draft taken, and which token comes behind it, or in its place (arXiv:2211.17192)?
+    """Is the draft taken, and which token comes after it, or in its place (arXiv:2211.17192)?
 
     draft: (B,), drawn from q_logits (B, V); logits: (B, 2, V), the main model's for the draft's
     place and for the next -> bool (B,), tokens (B,). The text, with the draft where it is taken, is
@@ -232,9 +232,9 @@ def speculative_generate(
     prompts may differ in length; a row ends with eos_token_id (kept) or max_new_tokens.
     listen(row, token) is called with each as it is chosen.
 
-    model: embed(tokens) -> (B, T, C), hidden(tokens, caches) -> (B, T, C) behind the last norm,
+    model: embed(tokens) -> (B, T, C), hidden(tokens, caches) -> (B, T, C) after the last norm,
     head(hidden) -> logits, new_caches(batch, max_tokens, layers=None) -> a list, one a layer;
-    a cache has truncate(lengths (B,)), which forgets what lies behind. module: depth 1.
+    a cache has truncate(lengths (B,)), which forgets what comes later. module: depth 1.
     ValueError: no module, no prompt, an empty one, or impossible settings.
     """
     lengths = [len(prompt) for prompt in prompts]
@@ -244,7 +244,7 @@ def speculative_generate(
         raise ValueError(f"every prompt needs at least one token, got lengths {lengths}")
     if max_new_tokens < 0:
         raise ValueError(f"want max_new_tokens >= 0, got {max_new_tokens}")
-    validate_drawing(temperature, top_p)  # now, not behind the first pass
+    validate_drawing(temperature, top_p)  # now, not after the first pass
     drawing = temperature, top_p, generator
     B, room, device = len(prompts), max(lengths) + max_new_tokens, module.enorm.weight.device
     padded = torch.zeros(B, max(lengths), dtype=torch.int64)  # on the right
@@ -266,7 +266,7 @@ def speculative_generate(
 
     states = model.hidden(padded, caches)  # (B, T, C)
     pending = choose(model.head(states[rows, kept - 1]), *drawing)  # (B,) as yet in no cache
-    joined = padded.roll(-1, 1)  # (B, T) the token that joins each state: the one behind it
+    joined = padded.roll(-1, 1)  # (B, T) the token that joins each state: the one after it
     joined[rows, kept - 1] = pending
     for cache in caches:
         cache.truncate(kept)  # the padding is forgotten
@@ -280,7 +280,7 @@ def speculative_generate(
         q_logits = model.head(guess)  # (B, V)
         draft = choose(q_logits, *drawing)  # (B,)
         states = model.hidden(torch.stack((pending, draft), 1), caches)  # (B, 2, C)
-        logits = model.head(states)  # (B, 2, V) behind the pending token; behind the draft
+        logits = model.head(states)  # (B, 2, V) after the pending token; after the draft
         accepted, pending = accept_or_redraw(draft, q_logits, logits, *drawing)  # (B,) each
         steps = torch.stack((accepted, draft, pending), 1).tolist()
         for row, (right, *two) in enumerate(steps):
@@ -294,7 +294,7 @@ def speculative_generate(
         if min(counts) < 2:
             for cache in caches:
                 cache.truncate(kept)  # a rejected draft leaves no trace
-        # behind an accepted draft two pairs are new to the module, else one
+        # after an accepted draft two pairs are new to the module, else one
         joined = torch.stack((torch.where(accepted, draft, pending), pending), 1)[:, :used]
         states = states[:, :used]
     return new, verdicts
@@ -369,7 +369,7 @@ class TinyBlock(nn.Module):
 
 
 class TinyModel(nn.Module):
-    """A few blocks, and MTP modules behind them: tokens (B, T) -> logits (B, T, V)."""
+    """A few blocks, and MTP modules after them: tokens (B, T) -> logits (B, T, V)."""
 
     def __init__(self, vocab_size: int, width: int, layers: int = 2, depth: int = 1):
         super().__init__()
@@ -506,7 +506,7 @@ def sampled_exactly(model: TinyModel, prompt: list[int], texts: Tensor) -> tuple
     whole = torch.cat((torch.tensor(prompt, device=texts.device).expand(len(texts), -1), texts), 1)
     states, last = model.hidden(whole), len(prompt) - 1
     p = model.head(states).softmax(-1)[:, last:-1].gather(-1, texts[..., None])[..., 0]  # (N, 3)
-    guess = model.mtp[0](model.embed(whole[:, 1:]), states[:, :-1])[:, last]  # behind the first
+    guess = model.mtp[0](model.embed(whole[:, 1:]), states[:, :-1])[:, last]  # after the first
     q = model.head(guess).softmax(-1).gather(-1, texts[:, 1:2])[:, 0]
     return p.prod(-1), p[:, 0] * q * p[:, 2]
 
@@ -559,7 +559,7 @@ def rates_on(model, module: MTPModule, tokens: Tensor) -> tuple[float, float]:
     """tokens (B, T) of real text -> how often the module's likeliest token is the main model's, and
     1 − TV of the two distributions: the chance that a draft at temperature 1 is accepted."""
     states = model.hidden(tokens)
-    p = model.head(states[:, 1:]).float().softmax(-1)  # behind token i + 1, for i = 0 …
+    p = model.head(states[:, 1:]).float().softmax(-1)  # after token i + 1, for i = 0 …
     q = model.head(module(model.embed(tokens[:, 1:]), states[:, :-1])).float().softmax(-1)
     same = (p.argmax(-1) == q.argmax(-1)).float().mean().item()
     return same, torch.minimum(p, q).sum(-1).mean().item()
@@ -579,7 +579,7 @@ def logit_gap(model, prompt: list[int], plain: list[int], other: list[int]) -> f
 
 @torch.no_grad()
 def costs(model, module: MTPModule, prompt: list[int], rounds: int) -> dict[str, float]:
-    """Seconds behind a cached prompt, batch 1: a pass over one token and over two, each with its
+    """Seconds after a cached prompt, batch 1: a pass over one token and over two, each with its
     head; a draft from one new pair and from two. Interleaved, medians; the caches grow."""
     device, room = module.enorm.weight.device, len(prompt) + 3 * (rounds + 3)
     caches, [module_cache] = model.new_caches(1, room), model.new_caches(1, room, layers=1)
@@ -666,10 +666,10 @@ def report(model, prompts: list[list[int]], held_out: Tensor, decode: Callable, 
         if temperature == 0:
             greedy, plain = texts, model.generate(prompts, new)
             identical = sum(a == b for a, b in zip(greedy, plain, strict=True))
-    measure("acceptance", rates[0.0], f"greedy text behind {len(prompts)} prompts   [1]: 0.85-0.90")
+    measure("acceptance", rates[0.0], f"greedy text after {len(prompts)} prompts   [1]: 0.85-0.90")
     measure("acceptance_drawn", rates[1.0], "text drawn at temperature 1")
     same, overlap = rates_on(model, module, held_out)
-    measure("acceptance_on_given_text", same, "the same likeliest token behind held-out text")
+    measure("acceptance_on_given_text", same, "the same likeliest token after held-out text")
     measure("overlap_on_given_text", overlap, "1 − TV of the two distributions there")
     measure("tokens_per_step", 1 + rates[0.0], "a draft and a pass over two tokens are a step")
     measure("identical_prompts", identical, f"of {len(prompts)}, {new} tokens each, as without MTP")
@@ -795,7 +795,7 @@ def bench(device: torch.device) -> None:
 # 1. Break it: in mtp_loss let the module see token i + 2, by embed(tokens[:, k + 1 :]). Which check
 #    stops the chapter? Take it out, and the next: what become the loss on dice and the acceptance
 #    of a model that was trained so?
-# 2. Keep rejected drafts: give `room` twice its size, and take the truncate behind them out of
+# 2. Keep rejected drafts: give `room` twice its size, and take the truncate after them out of
 #    speculative_generate. Which check stops the chapter? At which token does a text go wrong first?
 # 3. Draft two tokens a step with a chain of two modules. What must become of the second module's
 #    cache when the first draft is rejected? From which acceptance of the second one does it pay?

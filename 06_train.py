@@ -348,7 +348,7 @@ class DeepSeek(nn.Module):
         return self.lm_head(narrow(hidden))
 
     def hidden(self, tokens: Tensor, caches: list | None = None) -> Tensor:
-        """tokens: (B, T) -> the state behind the final norm, (B, T, D)."""
+        """tokens: (B, T) -> the state after the final norm, (B, T, D)."""
         x = self.embed(tokens)  # (B, T, D)
         for layer, block in enumerate(self.model.layers):
             x = block(x, None if caches is None else caches[layer])
@@ -401,7 +401,7 @@ class DeepSeek(nn.Module):
         generator: torch.Generator | None = None, speculative: bool = False,
         listen: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:  # fmt: skip
-        """The tokens behind each prompt, through the latent cache; prompts may differ in length.
+        """The tokens after each prompt, through the latent cache; prompts may differ in length.
 
         temperature 0 takes the likeliest token; top_p < 1 samples from the smallest set of tokens
         that holds so much probability. A row ends with eos_token_id (kept) or max_new_tokens.
@@ -467,8 +467,8 @@ class DeepSeek(nn.Module):
         """A model from config.json and *.safetensors with released names (fp32 or bf16 weights).
 
         dtype None keeps the file's. ValueError lists names that are missing, unexpected or of
-        another shape. MTP modules, in the layers behind the last (61 in V3), come with the rest,
-        but with_mtp=False; a config that tells of some where the files have none gets a notice.
+        another shape. MTP modules, in the layers after the last (61 in V3), come too, unless
+        with_mtp=False; a config that tells of some where the files have none gets a notice.
         """
         folder = Path(folder)
         config = read_config(folder)
@@ -511,7 +511,7 @@ class DeepSeek(nn.Module):
 
 # %% 3. Checkpoints: the released layout -----------------------------------------------------
 # Three things differ: a file has every expert's matrices apart, we stack them for the grouped GEMM;
-# an MTP module is a layer behind the last, its block's names among its own; and it repeats
+# an MTP module is a layer after the last, its block's names among its own; and it repeats
 SHARED = ("embed_tokens.weight", "shared_head.head.weight")  # which it shares with the model
 
 
@@ -665,7 +665,7 @@ QUICK = replace(
 
 # %% 5. The tokenizer: byte-level BPE from scratch -------------------------------------------
 # A chunk is what a token may never cross. The first alternative is for code: a line's end and the
-# indentation behind it are one chunk, so before long they are one token.
+# indentation after it are one chunk, so before long they are one token.
 CHUNKS = (
     r"""\s*[\r\n]+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 )
@@ -724,7 +724,7 @@ def merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 
 def encoding_of(tokens: list[bytes]) -> tiktoken.Encoding:
-    """A tiktoken.Encoding of these tokens, and END behind them."""
+    """A tiktoken.Encoding of these tokens, and END after them."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
     special = {END: len(tokens)}
     return tiktoken.Encoding("bpe", pat_str=CHUNKS, mergeable_ranks=ranks, special_tokens=special)
@@ -1381,7 +1381,7 @@ def report(model: DeepSeek, corpus: Corpus, recipe: Recipe, run: Run, trained: d
 
 
 def report_drafts(model: DeepSeek, corpus: Corpus, count: int = 64, length: int = 64) -> None:
-    """Greedy text behind held-out prompts: how often is the MTP module's guess the next token?"""
+    """Greedy text after held-out prompts: how often is the MTP module's guess the next token?"""
     starts = np.linspace(0, len(corpus.held_out) - length, count).astype(int)
     prompts = [corpus.held_out[start : start + length].tolist() for start in starts]
     new, verdicts = mtp.speculative_generate(model, model.mtp[0], prompts, length)

@@ -21,13 +21,13 @@ stricter: the weights of one must fit into the other, to the last name.
     self_attn.q_b_proj.weight_scale_inv          (192, 12)      fp32, a factor despite its name
     mlp.experts.E.gate_proj.weight               (2048, 7168)   E4M3; ours is stacked, gate first
     mlp.gate.e_score_correction_bias             (256,)         fp32, in any model
-    eh_proj.weight, enorm.weight, …              L = 61         MTP: the layer behind the last
+    eh_proj.weight, enorm.weight, …              L = 61         MTP: the layer after the last
     embed_tokens.weight, shared_head.head.weight L = 61         the main model's, once more
 
 What reads a folder of `save_released`: transformers (AutoModelForCausalLM, AutoTokenizer, pipeline;
 tested; FP8 in whole blocks only: 5.24 refuses V3's own 576 rows, and of 192 it makes two blocks of
 96 without a word). vLLM and SGLang go by the same config.json and names: architectures
-DeepseekV3ForCausalLM, num_nextn_predict_layers with its layer behind the last, quantization_config
+DeepseekV3ForCausalLM, num_nextn_predict_layers with its layer after the last, quantization_config
 for FP8. Their fast MLA kernels are built for a latent of 512 + 64 channels; other sizes are left to
 their Triton backends. Neither was run here.
 
@@ -535,7 +535,7 @@ def load_tokenizer(folder: str | Path) -> tiktoken.Encoding:
 
 def _read_ranks(path: Path) -> tiktoken.Encoding:
     """Lines of a token in base64 and its rank; special ones by tokenizer_config.json, and Kimi's
-    256 reserved ids behind the last."""
+    256 reserved ids after the last."""
     try:
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}

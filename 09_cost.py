@@ -147,7 +147,7 @@ def flops_per_token(c: Config, context: int, mode: str = "training") -> dict[str
     """{"weights", "attention"}: FLOPs of one token; a multiply-add is two.
 
     mode: "training" (forward and backward, mean over a causal context), "prefill" (forward alone,
-    the same mean), "decode" (one token behind `context` others, absorbed). The main model alone.
+    the same mean), "decode" (one token after `context` others, absorbed). The main model alone.
     """
     if mode not in ("training", "prefill", "decode"):
         raise ValueError(f"mode is 'training', 'prefill' or 'decode', not {mode!r}")

@@ -2,7 +2,7 @@ r"""Decoding, prefill and memory beside transformers' generate, from the same fo
 
 Two models with random weights, written by `save_released` and opened by both: `nano` as chapter 06
 trains it (fp32), and four layers as wide as V2-Lite (bf16: 2.2 billion weights). Each side writes
-the same number of tokens greedily behind prompts of equal length, through its own cache; of
+the same number of tokens greedily after prompts of equal length, through its own cache; of
 transformers' two kinds of experts the faster counts. Interleaved in one process, medians. Memory is
 the peak of a process of its own, loading included.
 
@@ -65,7 +65,7 @@ def prompts_of(config, batch: int, length: int) -> torch.Tensor:
 
 
 def decoders(ours, theirs: dict, prompts: torch.Tensor, new: int) -> dict[str, Callable]:
-    """Functions that write `new` tokens behind the prompts; none stops before."""
+    """Functions that write `new` tokens after the prompts; none stops before."""
     rows, mask = prompts.tolist(), torch.ones_like(prompts)
     settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
     call = lambda model: model.generate(prompts, attention_mask=mask, pad_token_id=0, **settings)

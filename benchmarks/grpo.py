@@ -2,7 +2,7 @@ r"""What GRPO does on other seeds, for longer, in variants, with a leaky reward,
 
     seeds     the chapter's run from nothing: before, after, and the ceiling
     variants  std or mean, KL, clip-higher, token or sequence mean, four epochs, five times the rate
-    stable    500 steps: does it decay behind its peak?
+    stable    500 steps: does it decay after its peak?
     beyond    a weak base that always thinks: rewards beside more examples and rejection sampling
     hack      a reward that looks for the answer anywhere; what the policy finds; the fix
     r1        R1's four stages, and a dense model that learns from the result or from rewards alone

@@ -1,6 +1,6 @@
 r"""MTP on the model that 06_train.py trained: acceptance, and what drafting does to its speed.
 
-Reads a run's checkpoint and held-out text. Greedy text behind 200 prompts of all lengths up to 128
+Reads a run's checkpoint and held-out text. Greedy text after 200 prompts of all lengths up to 128
 must be the same token for token with drafts and without. Costs and speeds are of batch 1 in fp32,
 interleaved, medians. The figure shows acceptance by position and kind of token, and speed-up
 against acceptance.
@@ -138,7 +138,7 @@ def drafts(run: Path, device: torch.device, graphs: bool, out: Path) -> None:
     held_out = np.memmap(run.parent / entry["data_digest"] / "held_out", dtype, "r")
     starts = np.linspace(0, len(held_out) - 128, 200).astype(int)
     lengths = np.resize(np.arange(1, 129), 200)  # every cache split up to 128
-    lengths[0] = 128  # the costs are taken behind this one
+    lengths[0] = 128  # the costs are taken after this one
     pairs = zip(starts, lengths, strict=True)
     prompts = [held_out[start : start + length].tolist() for start, length in pairs]
     width = entry["recipe"]["context"]
