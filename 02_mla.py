@@ -946,7 +946,7 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(
         self, x: Tensor, cache: LatentCache | None = None, absorb: bool | None = None
     ) -> Tensor:
-        """absorb: which form; None: absorbed for a few tokens more in a filled cache, else explicit.
+        """absorb: which form; None: absorbed for a few tokens on top of others, else explicit.
 
         Gradients flow through either, and through one call with a cache that was empty.
         """
