@@ -161,6 +161,11 @@ class Router(nn.Module):
             self.e_score_correction_bias = before.to(after.device)
         return self
 
+    def _load_from_state_dict(self, *arguments):
+        super()._load_from_state_dict(*arguments)
+        if self.e_score_correction_bias is not None:  # assign=True takes what dtype there is
+            self.e_score_correction_bias = self.e_score_correction_bias.float()
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: (N, D) -> the chosen (N, K) int64, their weights (N, K), all scores (N, E).
 

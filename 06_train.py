@@ -485,12 +485,8 @@ class DeepSeek(nn.Module):
                             part[name] = tensors.get_tensor(name)
             except (SafetensorError, FileNotFoundError) as error:
                 raise ValueError(f"{file} can't be read: {error}") from None
-        if with_mtp and bool(behind) != bool(config.num_nextn_predict_layers):
-            says = f"config.json says num_nextn_predict_layers {config.num_nextn_predict_layers}"
-            what = "has weights of an MTP module" if behind else "has no MTP weights"
-            print(f"notice: {folder.name} {what}, {says}: main model only", file=sys.stderr)
-        if not behind or not config.num_nextn_predict_layers:
-            config, behind = replace(config, num_nextn_predict_layers=0), {}
+        config = with_or_without_mtp(folder, config, bool(behind), with_mtp)
+        behind = behind if config.num_nextn_predict_layers else {}
         got |= behind
         for name, tensor in shared.items():
             ours = "model.embed_tokens" if name.endswith(SHARED[0]) else "lm_head"
@@ -535,6 +531,16 @@ def released_tensors(model: DeepSeek) -> dict[str, Tensor]:
             for part, short in zip(stacked.chunk(len(names)), names, strict=True):  # gate first
                 found[f"{prefix}.{expert}.{short}_proj.{kind}"] = part
     return found
+
+
+def with_or_without_mtp(folder, config: DeepSeekConfig, found: bool, wanted: bool):
+    """The config, its MTP modules left out if not wanted, or unless it and the files have some."""
+    told = config.num_nextn_predict_layers
+    if wanted and found != bool(told):
+        what = "has weights of an MTP module" if found else "has no MTP weights"
+        says = f"config.json says num_nextn_predict_layers {told}"
+        print(f"notice: {folder.name} {what}, {says}: main model only", file=sys.stderr)
+    return config if wanted and found and told else replace(config, num_nextn_predict_layers=0)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -49,7 +49,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -297,12 +296,9 @@ def load_released(
     names, layers = set(shards.file), config.num_hidden_layers
     numbered = ((n, regex.match(r"model\.layers\.(\d+)\.", n)) for n in names)
     behind = {n for n, layer in numbered if layer and int(layer[1]) >= layers}
-    if with_mtp and bool(behind) != bool(config.num_nextn_predict_layers):
-        says = f"config.json says num_nextn_predict_layers {config.num_nextn_predict_layers}"
-        what = "has weights of an MTP module" if behind else "has no MTP weights"
-        print(f"notice: {folder.name} {what}, {says}: main model only", file=sys.stderr)
-    if not (with_mtp and behind and config.num_nextn_predict_layers):
-        config, names, behind = replace(config, num_nextn_predict_layers=0), names - behind, set()
+    config = base.with_or_without_mtp(folder, config, bool(behind), with_mtp)
+    if not config.num_nextn_predict_layers:
+        names, behind = names - behind, set()
     shared = {n for n in behind if n.endswith(base.SHARED)}
     scales = {n for n in names if n.endswith("_scale_inv")}
     coded = {n for n in names if shards.kind[n] == "F8_E4M3"}

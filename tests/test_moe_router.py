@@ -278,6 +278,17 @@ def test_choice_is_legal_and_that_of_the_loops(groups, K, method, scoring, seed)
     assert_close(weights.sum(-1), torch.ones(10, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_bf16_checkpoint_makes_no_bf16_bias(assign):
+    router = moe.Router(20, 16, 4)
+    state = {name: torch.randn_like(t).bfloat16() for name, t in router.state_dict().items()}
+    router.load_state_dict(state, assign=assign)
+    bias = router.e_score_correction_bias
+    assert bias.dtype == torch.float32 and torch.equal(
+        bias, state["e_score_correction_bias"].float()
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_bias_stays_fp32(dtype):
     bias = torch.linspace(2, 2.001, 16)  # equal in bf16
