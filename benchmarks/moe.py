@@ -141,6 +141,10 @@ def compare(device: torch.device, bf16: bool, rounds: int) -> None:
         "products": Products(ours, x, bf16),
         "dense": Rival(dense, run_dense, x, upstream, bf16),
     }
+    if bf16:
+        for name, module, run in ("ours", ours, run_ours), ("dense", dense, run_dense):
+            narrow = copy.deepcopy(module).bfloat16()
+            rivals[name + NARROW] = Rival(narrow, run, x, upstream, False)
     for implementation in "eager", "grouped_mm":
         theirs = make_transformers(ours, implementation)
         if theirs is not None:
@@ -149,8 +153,6 @@ def compare(device: torch.device, bf16: bool, rounds: int) -> None:
             if bf16:
                 narrow = copy.deepcopy(theirs).bfloat16()
                 rivals[name + NARROW] = Rival(narrow, run_theirs, x, upstream, False)
-                narrow = copy.deepcopy(ours).bfloat16()
-                rivals["ours" + NARROW] = Rival(narrow, run_ours, x, upstream, False)
     theirs = [name for name in rivals if name.startswith("transformers")]
     if theirs:
         # bf16: a dozen roundings of 2^-9 on either side; fp32: sums in another order
@@ -158,10 +160,14 @@ def compare(device: torch.device, bf16: bool, rounds: int) -> None:
         verify(rivals["ours"], rivals["transformers_eager"], routes[0], short, tol)
     ms = race(rivals, routes)
     for name, value in ms.items():
-        measure(f"{name}_{short}_ms", value, f"ms   {value / ms['dense']:.2f}x dense")
+        dense = ms["dense" + NARROW * name.endswith(NARROW)]
+        measure(f"{name}_{short}_ms", value, f"ms   {value / dense:.2f}x dense")
     rest = ms["ours"] - ms["products"]
     text = f"x the time of as wide a dense SwiGLU; {rest:.0f} ms are no product"
     measure(f"moe_dense_ratio_{short}", ms["ours"] / ms["dense"], text)
+    if bf16:
+        ratio = ms["ours" + NARROW] / ms["dense" + NARROW]
+        measure(f"moe_dense_ratio{NARROW}", ratio, "x, weights in bf16 on both sides")
     if theirs:
         ratios = {n: ms[n] / ms["ours" + NARROW * n.endswith(NARROW)] for n in theirs}
         best = min(ratios, key=ratios.get)
