@@ -162,7 +162,7 @@ class KVCache:
             raise ValueError(f"cache takes two of ({B}, {G}, T, {D}) {self.k.dtype}, got {got}")
         if self.used + T > room:
             raise ValueError(f"cache has {room} slots: {self.used} used + {T} new do not fit")
-        if not self.used:  # a graph of before ends here
+        if self.k.requires_grad and not self.used:  # a graph of before ends here
             self.k, self.v = self.k.detach(), self.v.detach()
         rows = torch.arange(B, device=self.k.device)[:, None]  # (B, 1)
         slots = self.lengths[:, None] + torch.arange(T, device=self.k.device)  # (B, T)

@@ -184,6 +184,7 @@ class LatentCache:
     """
 
     pages: Tensor | None = None  # a PagedLatentCache has some
+    even = True  # do all rows hold `used` tokens? Then no row needs slots or a mask of its own
 
     def __init__(
         self, batch: int, max_tokens: int, kv_lora_rank: int, qk_rope_head_dim: int,
@@ -206,12 +207,15 @@ class LatentCache:
             raise ValueError(f"cache takes ({B}, T, {L}) and ({B}, T, {R}), got {got}")
         if self.used + T > self.room:
             raise ValueError(f"cache has {self.room} slots: {self.used} used + {T} new do not fit")
-        if not self.used:
+        if self.entries.requires_grad and not self.used:
             self.entries = self.entries.detach()  # a graph of before ends here
-        rows = torch.arange(B, device=self.lengths.device)[:, None]  # (B, 1)
-        slots = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)  # (B, T)
-        place = self.place(rows, slots)
-        self.entries[place] = torch.cat((latent, k_rope), -1).to(self.entries.dtype)
+        new = torch.cat((latent, k_rope), -1).to(self.entries.dtype)
+        if self.even and self.pages is None:
+            self.entries[:, self.used : self.used + T] = new
+        else:
+            rows = torch.arange(B, device=self.lengths.device)[:, None]  # (B, 1)
+            slots = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)  # (B, T)
+            self.entries[self.place(rows, slots)] = new
         self.lengths = self.lengths + T  # not +=: the caller may keep the old ones for truncate
         self.used += T
         return self.entries if self.pages is not None else self.entries[:, : self.used]
@@ -226,12 +230,16 @@ class LatentCache:
         if ((kept < 0) | (kept > self.lengths)).any():
             raise ValueError(f"cannot keep {kept.tolist()} tokens of {self.lengths.tolist()}")
         self.lengths = kept.to(torch.int64, copy=True)
-        self.used = max(kept.tolist(), default=0)
+        self.count()
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows, (B',) indices that may repeat, or a mask (B,)."""
         self.entries, self.lengths = self.entries[rows], self.lengths[rows]
-        self.used = max(self.lengths.tolist(), default=0)
+        self.count()
+
+    def count(self) -> None:
+        lengths = self.lengths.tolist()
+        self.used, self.even = max(lengths, default=0), len(set(lengths)) < 2
 
 
 class PagedLatentCache(LatentCache):
@@ -300,7 +308,8 @@ class PagedLatentCache(LatentCache):
             self.holders[page] += 1
         self.release(sum(before, []))
         self.sizes, self.lengths = [self.sizes[row] for row in chosen], self.lengths[rows]
-        self.pages, self.used = self.pages[rows], max(self.sizes, default=0)
+        self.pages = self.pages[rows]
+        self.count()
 
     def release(self, pages: list[int]) -> None:
         for page in pages:
@@ -951,11 +960,13 @@ class MultiHeadLatentAttention(nn.Module):
         Gradients flow through either, and through one call with a cache that was empty.
         """
         B, T, _ = x.shape
-        positions, entries, pages = torch.arange(T, device=x.device), None, None  # (T,)
+        begin = cache.used if cache is not None and cache.even else 0
+        positions, entries, pages = torch.arange(begin, begin + T, device=x.device), None, None
         if cache is not None:
             if len(cache.lengths) != B:
                 raise ValueError(f"cache has {len(cache.lengths)} rows, x has {B}")
-            positions = cache.lengths[:, None] + positions  # (B, T)
+            if not cache.even:
+                positions = cache.lengths[:, None] + positions  # (B, T)
         cos, sin = self.cos_sin(positions, x.dtype)  # (T, R/2) or (B, T, R/2)
         q_nope, q_rope = self.queries(x, cos, sin)
         latent, k_rope = self.latents(x, cos, sin)
@@ -969,6 +980,8 @@ class MultiHeadLatentAttention(nn.Module):
         if absorb:
             if entries is None:
                 entries = torch.cat((latent, k_rope), -1)
+            elif T == 1 and cache.even and pages is None:
+                lengths = None  # it sees all there is
             out = self.absorbed(q_nope, q_rope, entries, lengths, pages)  # (B, H, T, V)
         else:
             mask = visible(lengths, T, cache.used) if continued else None

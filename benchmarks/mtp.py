@@ -41,6 +41,8 @@ class FixedCache(chapter.mla.LatentCache):
     Those at and past `lengths` are hidden from every query, as stale ones are.
     """
 
+    even = False  # where a row's slots begin is known to the GPU alone
+
     def append(self, latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
         kept, self.used = self.lengths, 0
         super().append(latent, k_rope)

@@ -806,6 +806,7 @@ def test_pages_hold_what_a_plain_cache_holds(data):
                 paged.select(rows)
         assert torch.equal(plain.lengths, paged.lengths)
         assert plain.used == paged.used == plain.lengths.max()
+        assert plain.even == paged.even == (len(plain.lengths.unique()) == 1)
         for mine, theirs in zip(contents(paged), contents(plain), strict=True):
             assert torch.equal(mine, theirs)
         held = sum(paged.held, [])
