@@ -593,10 +593,11 @@ def flash_attention(
 # needs no running maximum. Backward makes the weights again, but where they are few: it keeps them.
 
 
+KEPT_WEIGHTS = 2**24  # bytes, of all heads, up to which they are kept
+
+
 class _TiledAttention(torch.autograd.Function):
     """One tile a step: t queries of H/G heads against the s keys they may see."""
-
-    KEPT = 2**24  # bytes of weights, of all heads, up to which they are kept
 
     @staticmethod
     def tiles(T: int, S: int, causal: bool, block: int):
@@ -628,7 +629,7 @@ class _TiledAttention(torch.autograd.Function):
         for rows, seen in _TiledAttention.tiles(T, S, causal, block):
             weights = _TiledAttention.weights(q, k, rows, seen, causal, scale, mask)
             out[:, :, rows] = (weights @ v[:, :, :seen]).view_as(out[:, :, rows])
-            if B * H * T * S * q.itemsize <= _TiledAttention.KEPT:
+            if B * H * T * S * q.itemsize <= KEPT_WEIGHTS:
                 kept.append(weights)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.settings = causal, scale, mask, block

@@ -127,6 +127,18 @@ def test_nothing_is_attended_to_by_nobody(function, B, T):
     assert q.grad.shape == q.shape and not k.grad.any() and not v.grad.any()
 
 
+def test_tiles_are_compiled():
+    """Lengths that vary, as symbols; with gradients and without."""
+    compiled = torch.compile(attn.tiled_attention, dynamic=True, backend="eager")
+    for T in 5, 9:
+        q, k, v = qkv(4, 2, T, T, 8, 6, grad=True)
+        want = attn.attention(q, k, v)
+        with torch.no_grad():
+            assert_close(compiled(q, k, v), want)
+        got, true = (torch.autograd.grad(f(q, k, v).sum(), q) for f in (compiled, attn.attention))
+        assert_close(got[0], true[0])
+
+
 def test_a_second_derivative_is_refused():
     """Rather than wrong: backward's own steps are not recorded."""
     q, k, v = qkv(2, 1, 5, 5, 4, grad=True)
@@ -151,7 +163,7 @@ def test_tiles_that_are_kept_or_made_again_give_the_same_bits(masked, dtype, mon
     mask = torch.rand(2, 1, 35, 35) < 0.5 if masked else None
     found = []
     for limit, saved in (2 * 4 * 35 * 35 * dtype.itemsize, 3 + 5), (2 * 4 * 35 * 35, 3):
-        monkeypatch.setattr(attn._TiledAttention, "KEPT", limit)
+        monkeypatch.setattr(attn, "KEPT_WEIGHTS", limit)
         out = attn.tiled_attention(*inputs, mask=mask, block=8)
         assert len(out.grad_fn.saved_tensors) == saved
         found.append([out, *torch.autograd.grad(out, inputs, torch.ones_like(out))])
