@@ -127,6 +127,7 @@ def test_nothing_is_attended_to_by_nobody(function, B, T):
     assert q.grad.shape == q.shape and not k.grad.any() and not v.grad.any()
 
 
+@pytest.mark.slow
 def test_tiles_are_compiled():
     """Lengths that vary, as symbols; with gradients and without."""
     compiled = torch.compile(attn.tiled_attention, dynamic=True, backend="eager")
