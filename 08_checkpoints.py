@@ -408,9 +408,12 @@ def save_released(
         write_weights(model, planned, fresh, shard_bytes)
         if encoding is not None:
             save_tokenizer(encoding, fresh, *ids, chat_template)
-        if folder.exists():
-            folder.rmdir()  # it is empty; Windows puts nothing in its place
-        os.replace(fresh, folder)
+        if not folder.exists():
+            os.replace(fresh, folder)
+        else:  # empty, and perhaps where somebody's shell is: it stays, its config.json comes last
+            for path in sorted(fresh.iterdir(), key=lambda path: path.name == "config.json"):
+                os.replace(path, folder / path.name)
+            fresh.rmdir()
     except BaseException:
         shutil.rmtree(fresh)
         raise

@@ -4,6 +4,7 @@ import base64
 import functools
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -215,6 +216,18 @@ def test_fp8_kept_gives_no_gradient_and_says_so(tmp_path):
         kept(TOKENS)
     wide = chapter.load_released(tmp_path / "fp8", dtype=torch.float32)
     wide(TOKENS).sum().backward()  # decoded, they train
+
+
+def test_an_empty_folder_is_filled_where_it_is(tmp_path, monkeypatch):
+    """Also ".", and beside what a killed run of the same number has left."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / f"here.{os.getpid()}.tmp").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    model = model_of()
+    chapter.save_released(model, ".")
+    assert Path("config.json").exists()  # the shell's folder is the one that was filled
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert torch.equal(chapter.load_released(".")(TOKENS), model(TOKENS))
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path, encoding, monkeypatch):

@@ -715,6 +715,16 @@ def test_greedy_is_argmax_of_a_full_pass(variant):
     assert len({tuple(row) for row in got}) == 3 and len(set(got[0])) > 5  # no constant output
 
 
+def test_a_checkpoint_is_never_older_than_ten_minutes(corpus, tmp_path, monkeypatch):
+    clock, saved = itertools.count(0, 400.0), []  # each step takes 400 s
+    monkeypatch.setattr(chapter.time, "perf_counter", lambda: next(clock))
+    save = lambda self, model, optimizer, encoding, state: saved.append(state["step"])
+    monkeypatch.setattr(chapter.Run, "save", save)
+    recipe = replace(RECIPE, steps=8)
+    chapter.train(fresh_model(corpus), corpus, recipe, tmp_path, reports=1)
+    assert saved == [2, 4, 6, 8]
+
+
 def test_evaluate_leaves_the_mode_as_it_was(corpus):
     model = fresh_model(corpus)
     for training in True, False:
