@@ -57,8 +57,8 @@ except ImportError:  # macOS, Windows: the PyTorch twins do it all
     triton = tl = None
 
 # %% 1. The equation, word for word ----------------------------------------------------------
-# Every attention function of this chapter has this signature, so each can stand in for another:
-# wherever a query sees a key. One that sees none has no softmax, and each returns what it likes.
+# Every attention function of this chapter has this signature, so each can stand in for another
+# wherever a query sees a key (of one that sees none there is no softmax: what they return differs).
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, mask=None) -> Tensor:
@@ -590,7 +590,7 @@ def flash_attention(
 
 
 # The same tiles for training where there is no GPU kernel. A tile takes all its keys at once, so it
-# needs no running maximum. Backward makes the weights again, but where they are few: it keeps them.
+# needs no running maximum. Backward makes the weights again, unless they are few: those it keeps.
 
 
 KEPT_WEIGHTS = 2**24  # bytes, of all heads, up to which they are kept
@@ -626,10 +626,11 @@ class _TiledAttention(torch.autograd.Function):
         q, k, v = (x.contiguous() for x in (q, k, v))
         (B, H, T, _), S = q.shape, k.shape[2]
         out, kept = q.new_empty(B, H, T, v.shape[-1]), []
+        few = B * H * T * S * q.itemsize <= KEPT_WEIGHTS
         for rows, seen in _TiledAttention.tiles(T, S, causal, block):
             weights = _TiledAttention.weights(q, k, rows, seen, causal, scale, mask)
             out[:, :, rows] = (weights @ v[:, :, :seen]).view_as(out[:, :, rows])
-            if B * H * T * S * q.itemsize <= KEPT_WEIGHTS:
+            if few:
                 kept.append(weights)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.settings = causal, scale, mask, block
@@ -639,14 +640,14 @@ class _TiledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         q, k, v, *kept = ctx.saved_tensors
-        (B, G, S, _), (causal, scale, mask, block) = k.shape, ctx.settings
+        S, (causal, scale, mask, block) = k.shape[2], ctx.settings
         again = _TiledAttention.weights
         wide = torch.promote_types(k.dtype, torch.float32)  # summed over the tiles
         dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))
         for i, (rows, seen) in enumerate(_TiledAttention.tiles(q.shape[2], S, causal, block)):
             weights = kept[i] if kept else again(q, k, rows, seen, causal, scale, mask)
-            tall = weights.shape[2]
-            q_tile, do = (x[:, :, rows].reshape(B, G, tall, x.shape[-1]) for x in (q, grad))
+            shape = weights.shape[:3]  # (B, G, H/G·t)
+            q_tile, do = (x[:, :, rows].reshape(*shape, x.shape[-1]) for x in (q, grad))
             dv[:, :, :seen] += weights.mT @ do
             dp = do @ v[:, :, :seen].mT  # (B, G, H/G·t, s)
             # (dp − Σⱼ pⱼ·dpⱼ)·p, in one pass and in fp32

@@ -238,6 +238,7 @@ class LatentCache:
         self.count()
 
     def count(self) -> None:
+        """`used` and `even` after a change of `lengths`."""
         lengths = self.lengths.tolist()
         self.used, self.even = max(lengths, default=0), len(set(lengths)) < 2
 
@@ -961,7 +962,8 @@ class MultiHeadLatentAttention(nn.Module):
         """
         B, T, _ = x.shape
         begin = cache.used if cache is not None and cache.even else 0
-        positions, entries, pages = torch.arange(begin, begin + T, device=x.device), None, None
+        positions = torch.arange(begin, begin + T, device=x.device)  # (T,)
+        entries = pages = None
         if cache is not None:
             if len(cache.lengths) != B:
                 raise ValueError(f"cache has {len(cache.lengths)} rows, x has {B}")

@@ -1071,7 +1071,7 @@ class Experts(nn.Module):
             gate, up = few_rows(mine, self.gate_up_proj[e].to(x.dtype)).chunk(2, -1)
             result.copy_(few_rows(F.silu(gate) * up, self.down_proj[e].to(x.dtype)))
         by_token = torch.empty_like(out).index_copy_(0, order, out).view(N, K, -1)
-        return (weights.to(x.dtype)[:, None] @ by_token)[:, 0]
+        return (weights.to(x.dtype)[:, None] @ by_token)[:, 0]  # (N, 1, K) @ (N, K, D) -> (N, D)
 
 
 class MoE(nn.Module):

@@ -810,9 +810,9 @@ class _FP8Product(torch.autograd.Function):
         x_codes, x_scales, w_codes, w_scales = ctx.saved_tensors
         power_of_two, gradient_blocks = ctx.settings
         quantize = quantize_blocks if gradient_blocks else quantize_tiles
-        w_turned = w_codes.T.contiguous(), w_scales.T.contiguous()
         dx = None
         if ctx.needs_input_grad[0]:
+            w_turned = w_codes.T.contiguous(), w_scales.T.contiguous()
             dx = fp8_gemm(*quantize(dy, power_of_two), *w_turned, dy.dtype)
         if not ctx.needs_input_grad[1]:
             return dx, None, None, None

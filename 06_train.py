@@ -1145,7 +1145,7 @@ def interrupts() -> Iterator[list]:
         signal.signal(number, before[number])
 
     for number in signal.SIGINT, signal.SIGTERM:
-        before[number] = signal.signal(number, note)
+        before[number] = signal.signal(number, note) or signal.SIG_DFL  # None: not Python's
     try:
         yield seen
     finally:
@@ -1161,8 +1161,8 @@ def train(
 
     minutes: run the same schedule over so much training time instead of recipe.steps. Ctrl-C or
     SIGTERM ends the step, saves, and raises KeyboardInterrupt; resume=True goes on as if nothing
-    had happened, from the last checkpoint, which is never older than an eighth of the run or ten
-    minutes, or from the beginning. ValueError: a folder that holds a run already.
+    had happened, from the last checkpoint or from the beginning. Checkpoints: eight, and one after
+    ten minutes without. ValueError: a folder that holds a run already.
     """
     run, optimizer = Run(folder), make_optimizer(model, recipe)
     state, rank, stop = {"step": 0, "seconds": 0.0}, rank_and_size()[0], False

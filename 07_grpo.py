@@ -717,7 +717,7 @@ def run_stage(
     model: base.DeepSeek, optimizer, encoding: tiktoken.Encoding, steps: int, folder: Path,
     step: Callable[[int], dict], every: int = 20,
 ) -> list[dict]:  # fmt: skip
-    """step(number) -> its metrics, `steps` times over, logged into `folder`, saved at each `every`.
+    """step(number) -> its metrics, `steps` times over; logged into `folder`, saved once in `every`.
 
     What lies there already is gone on with. Ctrl-C ends the step and saves; so does a BadReward,
     which no step raises once it has touched the weights. A step must depend on its number alone,
@@ -1153,7 +1153,8 @@ def draw_curves(metrics: list[dict], ceiling: float | None, out: Path) -> None:
     right.plot(steps, curve("entropy"), label="entropy, nats a token")
     right.plot(steps, curve("kl"), label="KL to where it began (k3), nats a token")
     right.plot(steps, curve("tied"), label="groups without an advantage", alpha=0.6)
-    right.set(xlabel="step", ylim=(0, 1.4))  # a share ends at 1: above it is room for the legend
+    top = max(1.4, 1.2 * max(curve("entropy")))  # a share ends at 1; peaks of the KL may be cut off
+    right.set(xlabel="step", ylim=(0, top))
     right.set_title("How sure the policy is, how far it has moved")
     right.legend(loc="upper right")
     figure.savefig(out, dpi=120)

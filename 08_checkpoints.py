@@ -388,7 +388,7 @@ def save_released(
 
     in_fp8: projections of attention, FFN and experts as E4M3 codes with scales by 128×128 (V3's
     own form), which kept FP8 always is. Above shard_bytes (of weights) there are several files and
-    an index. folder must be new or empty, and appears when it is whole. ValueError: it is not, a
+    an index. folder must be new, and appears when it is whole, or empty. ValueError: it is not, a
     weight in float64, a bos_token_id or eos_token_id that is no special token of encoding.
     """
     folder, ids = Path(folder).resolve(), (model.config.bos_token_id, model.config.eos_token_id)

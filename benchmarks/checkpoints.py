@@ -4,7 +4,7 @@ Two models with random weights, written by `save_released` and opened by both: `
 trains it (fp32), and four layers as wide as V2-Lite (bf16: 2.2 billion weights). Each side writes
 the same number of tokens greedily after prompts of equal length, through its own cache; of
 transformers' two kinds of experts the faster counts. Interleaved in one process, medians. Memory is
-the peak of a process of its own, loading included.
+the peak of a process of its own, loading included. goal: what we had set out to reach.
 
 Run:  python benchmarks/checkpoints.py          5 minutes on two CPU cores
 """

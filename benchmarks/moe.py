@@ -160,8 +160,8 @@ def compare(device: torch.device, bf16: bool, rounds: int) -> None:
         verify(rivals["ours"], rivals["transformers_eager"], routes[0], short, tol)
     ms = race(rivals, routes)
     for name, value in ms.items():
-        dense = ms["dense" + NARROW * name.endswith(NARROW)]
-        measure(f"{name}_{short}_ms", value, f"ms   {value / dense:.2f}x dense")
+        wide = ms["dense" + NARROW * name.endswith(NARROW)]
+        measure(f"{name}_{short}_ms", value, f"ms   {value / wide:.2f}x dense")
     rest = ms["ours"] - ms["products"]
     text = f"x the time of as wide a dense SwiGLU; {rest:.0f} ms are no product"
     measure(f"moe_dense_ratio_{short}", ms["ours"] / ms["dense"], text)
