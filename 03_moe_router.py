@@ -228,12 +228,10 @@ class SwiGLU(nn.Module):
 
 
 def few_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """x (n, I), weight (O, I) -> x Wᵀ (n, O), without gradients, the fastest way for few rows on a
-    CPU.
+    """x Wᵀ of a few rows on a CPU: x (n, I), weight (O, I) -> (n, O).
 
-    The time is that of reading the weight, and in bf16 it depends on the routine that reads. On two
-    cores, in GB/s: one row by `mv` 13 to 22, by `linear` 6 to 14; up to 32 rows with the weight on
-    the left 13 to 23, on the right 10 to 17.
+    The time is that of reading the weight, and in bf16 it depends on the routine that reads: mv for
+    one row, and the weight on the left for more, are sooner done than linear (see --bench).
     """
     if weight.dtype.itemsize > 2:
         return F.linear(x, weight)
@@ -1526,6 +1524,22 @@ def bench_kernels(device: torch.device) -> None:
         measure(f"grouped_{name}", 2 * N * K * D * 2 * I / mine / 1e9, text)
 
 
+@torch.no_grad()
+def bench_few_rows(device: torch.device) -> None:
+    """`few_rows` beside linear: V2-Lite's first matrices in bf16, more than a cache holds."""
+    weights = torch.randn(24, 2816, 2048).bfloat16().unbind()
+    gigabytes = sum(w.numel() * w.itemsize for w in weights) / 1e9
+    for n in 1, 8, 32:
+        x = torch.randn(n, 2048).bfloat16()
+        tasks = {
+            "few": lambda x=x: [few_rows(x, w) for w in weights],
+            "linear": lambda x=x: [F.linear(x, w) for w in weights],
+        }
+        speed = {name: 1e3 * gigabytes / ms for name, ms in race(tasks, device).items()}
+        text = f"GB/s of weights read, {speed['linear']:.1f} by linear"
+        measure(f"few_rows_{n}", speed["few"], text)
+
+
 # %% Exercises -------------------------------------------------------------------------------
 # 1. Break it: turn the sign round in `update_bias`. Which check stops the chapter, and at which
 #    MaxVio does the experiment end? Why is that the largest there is?
@@ -1565,6 +1579,8 @@ def main() -> None:
     experiment(device, args.seed, args.out / "03_moe_router.png")
     if args.bench:
         bench(device)
+        if device.type == "cpu":
+            bench_few_rows(device)
         if device.type == "cuda" and triton is not None:
             bench_kernels(device)
 
