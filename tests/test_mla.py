@@ -818,15 +818,16 @@ def test_pages_hold_what_a_plain_cache_holds(data):
 @torch.no_grad()
 def test_a_row_with_nan_leaves_the_others_alone():
     """A short row's table may lead to a page of another's: 0 times NaN would be NaN."""
-    layer, x = make(), inputs(2, 70)
+    layer, x, new = make(), inputs(2, 70), inputs(2, 60)
     x[0, 3] = float("nan")
     for absorb in True, False:
         cache = mla.PagedLatentCache(2, 256, 16, 8, dtype=torch.float64)
         layer(x, cache)
         cache.truncate([70, 5])
-        got = layer(x[:, 5:7], cache, absorb=absorb)
+        got = layer(new, cache, absorb=absorb)  # three pages, and two: its third entry is page 0
+        assert cache.pages[1, 2] == cache.held[0][0] == 0
         assert got[0].isnan().all() and not got[1].isnan().any()
-        assert_close(got[1], layer(x[1:, :7])[0, 5:])
+        assert_close(got[1], layer(torch.cat((x[1, :5], new[1]))[None])[0, 5:])
 
 
 @torch.no_grad()
