@@ -1033,8 +1033,11 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))  # before each row is copied K times
         (N, K), own = indices.shape, kind == "cpu" and self.grouped_gemm is None
-        if own and 0 < N * K < len(load) and not torch.is_grad_enabled():
-            return self.of_few(x, indices, weights, load)
+        if own and 0 < N * K <= 2 * len(load) and not torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
+                return self.of_few_compiled(x, indices, weights)
+            if N * K < len(load):
+                return self.of_few(x, indices, weights, load)
         by_expert = indices.flatten().to(torch.int32)  # shorter keys are sorted faster
         order = by_expert.argsort(stable=True)  # the (token, k) pairs by expert: N·K
         token_of_row, row = order // K, torch.arange(N * K, device=x.device)
@@ -1070,6 +1073,16 @@ class Experts(nn.Module):
             result.copy_(few_rows(F.silu(gate) * up, self.down_proj[e].to(x.dtype)))
         by_token = torch.empty_like(out).index_copy_(0, order, out).view(N, K, -1)
         return (weights.to(x.dtype)[:, None] @ by_token)[:, 0]  # (N, 1, K) @ (N, K, D) -> (N, D)
+
+    def of_few_compiled(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """The same for torch.compile: two loops that read the chosen experts where they lie, so
+        that nothing waits for the choice. One that several tokens chose is read for each."""
+        (N, K), chosen = indices.shape, indices.flatten()
+        rows = x.repeat_interleave(K, 0)[:, None]  # (N·K, 1, D)
+        gate, up = (self.gate_up_proj[chosen] * rows).sum(-1).chunk(2, -1)
+        hidden = F.silu(gate) * up * weights.view(-1, 1)  # (N·K, I)
+        rows = (self.down_proj[chosen] * hidden[:, None]).sum(-1)  # (N·K, D)
+        return rows.view(N, K, -1).sum(1).to(x.dtype)
 
 
 class MoE(nn.Module):

@@ -48,7 +48,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -804,6 +804,42 @@ class Talk:
         return {"tokens": count, "seconds": seconds, "prompt": len(prompt)}
 
 
+def compiled_for_few(function: Callable) -> Callable:
+    """function(tokens or states (B, T, …), …, caches), compiled where a token or two a row come."""
+    compiled = torch.compile(function, dynamic=True)
+
+    def call(x: Tensor, *others) -> Tensor:
+        decodes = x.shape[1] <= 2 and others and others[-1] is not None
+        return (compiled if decodes and not torch.is_grad_enabled() else function)(x, *others)
+
+    return call
+
+
+def compile_decoding(model: "base.DeepSeek") -> None:
+    """From now on torch.compile fuses the passes that decode: half a minute of work, on a CPU.
+
+    A small model, whose time goes into calling its operations, then writes twice as fast; one that
+    reads gigabytes a token gains nothing. ValueError: a GPU (CUDA graphs are its way: see
+    benchmarks/mtp.py), FP8 products, or no C++ compiler.
+    """
+    device, tensors = model.lm_head.weight.device, model.state_dict().values()
+    if device.type != "cpu":
+        raise ValueError(f"decoding is compiled for a CPU alone, and the model is on {device}")
+    if model.precision == "fp8" or any(t.dtype == torch.float8_e4m3fn for t in tensors):
+        raise ValueError("a model with FP8 products isn't compiled: load it without them")
+    plain = [(model, "hidden", model.hidden)]
+    plain += [(module, "forward", module.forward) for module in model.mtp]
+    for part, name, function in plain:
+        setattr(part, name, compiled_for_few(function))
+    try:
+        for speculative in {False, bool(model.mtp)}:
+            model.generate([[0, 0]], 8, speculative=speculative)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        for part, name, _ in plain:
+            delattr(part, name)  # the method shows again
+        raise ValueError(f"this machine can't compile: {str(error).splitlines()[0]}") from None
+
+
 def chat(
     model: "base.DeepSeek", encoding: tiktoken.Encoding, lines: Iterable[str],
     template: str | None = None, system: str | None = None, max_new_tokens: int = 512,
@@ -1001,12 +1037,15 @@ def arguments() -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=256, help="of an answer (%(default)s)")
     add("--system", help="what the conversation begins with, where the model knows turns")
     add("--no-mtp", action="store_true", help="decode without drafts")
+    add("--compile", action="store_true", help="half a minute, then a small model is twice as fast")
     add("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
     if args.out.exists() and not args.out.is_dir():
         cli.error(f"--out {args.out} is a file: want a folder")
-    if args.folder is None and (args.save or args.fp8):
-        cli.error("--save and --fp8 want a FOLDER")
+    if args.folder is None and (args.save or args.fp8 or args.compile):
+        cli.error("--save, --fp8 and --compile want a FOLDER")
+    if args.compile and (args.save or args.fp8):
+        cli.error("--compile is for a chat, and not for weights kept in FP8")
     try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # each backend raises a type of its own
@@ -1027,6 +1066,8 @@ def converse(args: argparse.Namespace) -> None:
         save_released(model, args.save, encoding, args.fp8, chat_template=template)
         print(f"{args.save}: {', '.join(sorted(p.name for p in args.save.iterdir()))}")
         return
+    if args.compile:
+        compile_decoding(model)
     drawing = {"temperature": args.temperature, "top_p": args.top_p}
     drawing["generator"] = torch.Generator(args.device).manual_seed(args.seed)
     lines = prompted() if sys.stdin.isatty() else sys.stdin

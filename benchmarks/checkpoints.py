@@ -6,7 +6,10 @@ the same number of tokens greedily after prompts of equal length, through its ow
 transformers' two kinds of experts the faster counts. Interleaved in one process, medians. Memory is
 the peak of a process of its own, loading included. goal: what we had set out to reach.
 
-Run:  python benchmarks/checkpoints.py          5 minutes on two CPU cores
+compiled: nano once more after `compile_decoding`, beside theirs as it is, and compiled as well
+(into a cache of fixed length, as they recommend).
+
+Run:  python benchmarks/checkpoints.py          8 minutes on two CPU cores
 """
 
 import argparse
@@ -58,6 +61,13 @@ def open_theirs(folder: Path, experts: str):
     with contextlib.redirect_stderr(io.StringIO()):
         kind = {"experts_implementation": experts}
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **kind).eval()
+
+
+def compiled(model):
+    """Theirs with each pass compiled: one graph for the prompt, one for a token."""
+    model.generation_config.cache_implementation = "static"
+    model.forward = torch.compile(model.forward, dynamic=False)
+    return model
 
 
 def prompts_of(config, batch: int, length: int) -> torch.Tensor:
@@ -113,6 +123,15 @@ def speed(name: str, folder: Path) -> None:
     tasks = {"ours": lambda: ours(tokens, ours.new_caches(1, PREFILL))}  # theirs fill one, too
     tasks |= {kind: (lambda model=model: model(tokens)) for kind, model in theirs.items()}
     report(f"prefill_ratio_{name}", race(tasks, rounds), "tokens/s", PREFILL, "1")
+    if name != "nano":  # what reads gigabytes a token gains nothing by it
+        return
+    chapter.compile_decoding(ours)
+    also = {"compiled": compiled(open_theirs(folder, "grouped_mm"))}
+    for batch in 1, 8:
+        for kind, rivals in ("compiled", theirs), ("both_compiled", also):
+            times = race(decoders(ours, rivals, prompts_of(config, batch, PROMPT), new), rounds)
+            key = f"decode_ratio_{name}_batch_{batch}_{kind}"
+            report(key, times, "tokens/s", batch * new, "3" if rivals is theirs else "none")
 
 
 def peak(name: str, folder: Path, who: str) -> int:

@@ -938,6 +938,43 @@ def test_an_answer_can_be_interrupted(spoken, capsys, monkeypatch):
     assert capsys.readouterr().out.count("[interrupted: forgotten]") == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiled_decoding_writes_the_same(backend, monkeypatch):
+    """Greedy text in fp32; with drafts and of unequal prompts too, where code is not generated."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    model, rows = model_of(), [[[1, 2, 3]], [[5], [6, 7, 8, 9], [10, 11]]]
+    if backend == "inductor":
+        model, rows = model_of(replace(TINY, num_nextn_predict_layers=0)), rows[:1]
+    kinds = {False, bool(model.mtp)}
+    write = lambda: [model.generate(p, 20, speculative=s) for s in kinds for p in rows]
+    want = write()
+    counters.clear()
+    chapter.compile_decoding(model)
+    assert write() == want
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+    loss = model.loss(TOKENS, TOKENS)  # what is trained goes by the old way
+    loss.backward()
+    assert loss.isfinite() and model.lm_head.weight.grad.isfinite().all()
+
+
+def test_what_cannot_be_compiled_is_said_and_left_as_it_was(tmp_path):
+    with pytest.raises(ValueError, match="FP8"):
+        chapter.compile_decoding(base.DeepSeek(TINY, "fp8"))
+    with torch.device("meta"), pytest.raises(ValueError, match="a CPU alone.* meta"):
+        chapter.compile_decoding(base.DeepSeek(TINY))
+    torch.compiler.reset()
+    model = model_of()
+    want = model.generate([[1, 2]], 5)
+    nothing = {"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}
+    with torch._inductor.config.patch(nothing), pytest.raises(ValueError, match="compiler"):
+        chapter.compile_decoding(model)
+    assert model.generate([[1, 2]], 5) == want and "hidden" not in vars(model)
+
+
 def test_the_lesson(tmp_path):
     command = [sys.executable, "08_checkpoints.py", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -969,3 +1006,5 @@ def test_the_command_line(tmp_path, encoding):
     assert "Traceback" not in done.stderr
     done = call("--fp8")
     assert done.returncode == 2 and "want a FOLDER" in done.stderr
+    done = call(tmp_path / "run", "--compile", "--fp8")
+    assert done.returncode == 2 and "--compile is for a chat" in done.stderr

@@ -692,6 +692,17 @@ def test_a_few_tokens_ask_their_own_experts_alone(tokens, dtype, tol, monkeypatc
     assert (got - want).abs().max() <= tol * want.abs().max()
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+def test_a_few_tokens_are_compiled_whole(tokens):
+    """fullgraph: nothing in it waits for the choice; up to two pairs an expert."""
+    layer = moe.MoE(32, 24, 16, 4).eval()
+    x = torch.randn(1, tokens, 32)
+    want = layer(x).detach()
+    with torch.no_grad():
+        got = torch.compile(layer, dynamic=True, fullgraph=True, backend="eager")(x)
+    assert (got - want).abs().max() <= 1e-6 * want.abs().max()
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
 def test_no_tokens_are_no_trouble(shape, training):
