@@ -184,7 +184,6 @@ class LatentCache:
     """
 
     pages: Tensor | None = None  # a PagedLatentCache has some
-    even = True  # do all rows hold `used` tokens? Then no row needs slots or a mask of its own
 
     def __init__(
         self, batch: int, max_tokens: int, kv_lora_rank: int, qk_rope_head_dim: int,
@@ -195,6 +194,7 @@ class LatentCache:
         self.entries = torch.zeros(shape, device=device, dtype=dtype)  # not empty: 0 · NaN is NaN
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=self.entries.device)  # (B,)
         self.used = 0  # the longest row, as a Python int: asking `lengths` would wait for the GPU
+        self.even = True  # do all rows hold `used`? Then no row needs slots or a mask of its own
 
     def append(self, latent: Tensor, k_rope: Tensor) -> Tensor:
         """latent: (B, T, L), k_rope: (B, T, R), behind each row's last -> all, (B, used, L + R).

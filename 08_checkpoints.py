@@ -48,9 +48,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
+from types import MethodType
 
 import regex
 import tiktoken
@@ -804,39 +805,30 @@ class Talk:
         return {"tokens": count, "seconds": seconds, "prompt": len(prompt)}
 
 
-def compiled_for_few(function: Callable) -> Callable:
-    """function(tokens or states (B, T, …), …, caches), compiled where a token or two a row come."""
-    compiled = torch.compile(function, dynamic=True)
-
-    def call(x: Tensor, *others) -> Tensor:
-        decodes = x.shape[1] <= 2 and others and others[-1] is not None
-        return (compiled if decodes and not torch.is_grad_enabled() else function)(x, *others)
-
-    return call
-
-
 def compile_decoding(model: "base.DeepSeek") -> None:
-    """From now on torch.compile fuses the passes that decode: half a minute of work, on a CPU.
+    """Let torch.compile fuse the pass that decodes one token of up to 16 rows: half a minute.
 
-    A small model, whose time goes into calling its operations, then writes twice as fast; one that
-    reads gigabytes a token gains nothing. ValueError: a GPU (CUDA graphs are its way: see
-    benchmarks/mtp.py), FP8 products, or no C++ compiler.
+    A small model on a CPU, whose time goes into calling its operations, then writes twice as fast;
+    one that reads gigabytes a token gains nothing. Drafts (05) are as before. ValueError: a GPU
+    (CUDA graphs are its way: see benchmarks/mtp.py), FP8 products, or no C++ compiler.
     """
     device, tensors = model.lm_head.weight.device, model.state_dict().values()
     if device.type != "cpu":
         raise ValueError(f"decoding is compiled for a CPU alone, and the model is on {device}")
     if model.precision == "fp8" or any(t.dtype == torch.float8_e4m3fn for t in tensors):
         raise ValueError("a model with FP8 products isn't compiled: load it without them")
-    plain = [(model, "hidden", model.hidden)]
-    plain += [(module, "forward", module.forward) for module in model.mtp]
-    for part, name, function in plain:
-        setattr(part, name, compiled_for_few(function))
+    plain = type(model).hidden
+    compiled = torch.compile(plain, dynamic=True)
+
+    def hidden(self, tokens: Tensor, caches: list | None = None) -> Tensor:
+        one = caches is not None and tokens.shape[1] == 1 and len(tokens) <= 16
+        return (compiled if one and not torch.is_grad_enabled() else plain)(self, tokens, caches)
+
+    model.hidden = MethodType(hidden, model)  # a copy's will be bound to the copy
     try:
-        for speculative in {False, bool(model.mtp)}:
-            model.generate([[0, 0]], 8, speculative=speculative)
+        model.generate([[0, 0]], 8)
     except torch._dynamo.exc.TorchDynamoException as error:
-        for part, name, _ in plain:
-            delattr(part, name)  # the method shows again
+        del model.hidden  # the class's own shows again
         raise ValueError(f"this machine can't compile: {str(error).splitlines()[0]}") from None
 
 
@@ -1037,7 +1029,7 @@ def arguments() -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=256, help="of an answer (%(default)s)")
     add("--system", help="what the conversation begins with, where the model knows turns")
     add("--no-mtp", action="store_true", help="decode without drafts")
-    add("--compile", action="store_true", help="half a minute, then a small model is twice as fast")
+    add("--compile", action="store_true", help="a small model decodes twice as fast, undrafted")
     add("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
     if args.out.exists() and not args.out.is_dir():
@@ -1071,7 +1063,7 @@ def converse(args: argparse.Namespace) -> None:
     drawing = {"temperature": args.temperature, "top_p": args.top_p}
     drawing["generator"] = torch.Generator(args.device).manual_seed(args.seed)
     lines = prompted() if sys.stdin.isatty() else sys.stdin
-    drafts = False if args.no_mtp else None
+    drafts = False if args.no_mtp or args.compile else None
     chat(model, encoding, lines, template, args.system, args.max_new_tokens, drafts, **drawing)
 
 

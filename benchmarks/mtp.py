@@ -5,13 +5,12 @@ must be the same token for token with drafts and without. Costs and speeds are o
 interleaved, medians. The figure shows acceptance by position and kind of token, and speed-up
 against acceptance.
 
---graphs, --compile: passes and drafts are CUDA graphs, or compiled, with drafts and without, so
-that what Python takes to launch them is not what is compared.
+--graphs: passes and drafts are CUDA graphs, with drafts and without, so that what Python takes to
+launch them is not what is compared.
 --ablation N instead trains the nano model for N steps with MTP and without, three seeds each, and
 compares the main head's held-out loss.
 
 Run:  python benchmarks/mtp.py runs/nano            1 minute on two CPU cores
-      python benchmarks/mtp.py runs/nano --compile  2 minutes
       python benchmarks/mtp.py runs/nano --graphs   needs a GPU
       python benchmarks/mtp.py --ablation 600      11 minutes
 """
@@ -34,7 +33,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 mtp = import_module("05_mtp")
 chapter = import_module("06_train")
-checkpoints = import_module("08_checkpoints")
 
 
 class FixedCache(chapter.mla.LatentCache):
@@ -43,7 +41,9 @@ class FixedCache(chapter.mla.LatentCache):
     Those at and past `lengths` are hidden from every query, as stale ones are.
     """
 
-    even = False  # where a row's slots begin is known to the GPU alone
+    def __init__(self, *sizes, **place):
+        super().__init__(*sizes, **place)
+        self.even = False  # where a row's slots begin is known to the GPU alone
 
     def append(self, latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
         kept, self.used = self.lengths, 0
@@ -130,15 +130,13 @@ def record_passes(model: "chapter.DeepSeek") -> None:
         module.forward = Replay(module.forward)
 
 
-def drafts(run: Path, device: torch.device, how: str | None, out: Path) -> None:
+def drafts(run: Path, device: torch.device, graphs: bool, out: Path) -> None:
     entry = json.loads((run / "run.json").read_text())
     model = chapter.DeepSeek.from_pretrained(run / "checkpoint", device).eval()
     if not model.mtp:
         raise ValueError(f"{run} has no MTP module to draft with")
-    if how == "graphs":
+    if graphs:
         record_passes(model)
-    elif how == "compile":
-        checkpoints.compile_decoding(model)
     encoding = chapter.load_encoding(run / "checkpoint/encoding.json")
     dtype = chapter.token_dtype(encoding)
     held_out = np.memmap(run.parent / entry["data_digest"] / "held_out", dtype, "r")
@@ -193,9 +191,7 @@ def main() -> None:
     cli.add_argument("run", type=Path, nargs="?", help="folder of a run of 06_train.py")
     cli.add_argument("--ablation", type=int, metavar="STEPS", help="train with and without MTP")
     cli.add_argument("--device", default=default, help="cpu, cuda, cuda:1, … (%(default)s)")
-    for how, kind in ("graphs", "CUDA graphs"), ("compile", "compiled passes, on a CPU"):
-        text = f"decode by {kind}"
-        cli.add_argument(f"--{how}", dest="how", action="store_const", const=how, help=text)
+    cli.add_argument("--graphs", action="store_true", help="decode by CUDA graphs")
     cli.add_argument("--seed", type=int, default=0, help="of drawn text (%(default)s)")
     cli.add_argument("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
@@ -206,15 +202,14 @@ def main() -> None:
         cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
     if (args.run is None) == (args.ablation is None):
         cli.error("want the folder of a run, or --ablation STEPS")
-    wants = {"graphs": ("cuda", "GPU"), "compile": ("cpu", "CPU")}.get(args.how)
-    if wants and (device.type != wants[0] or not args.run):
-        cli.error(f"--{args.how} wants a run and a {wants[1]}, got --device {args.device}")
+    if args.graphs and (device.type != "cuda" or not args.run):
+        cli.error(f"--graphs wants a run and a GPU, got --device {args.device}")
     if args.ablation is not None and args.ablation < 1:
         cli.error(f"--ablation must be positive, got {args.ablation}")
     torch.manual_seed(args.seed)
     try:
         if args.run:
-            drafts(args.run, device, args.how, args.out)
+            drafts(args.run, device, args.graphs, args.out)
         else:
             ablation(args.ablation, device)
     except (OSError, KeyError, ValueError) as error:
