@@ -777,6 +777,22 @@ def launch_decode(q, entries, kv_lora_rank: int, scale: float, lengths, pages, c
     return out
 
 
+def chunked_decode(rows: Tensor, entries: Tensor, chunks: int, scale: float) -> Tensor:
+    """What the kernels do, on a CPU, whose SDPA leaves all heads of a token to one of its threads:
+    chunks of slots side by side, then their sum, each by the share of the softmax that it holds.
+
+    rows: (B, 1, H·T, L + R), entries: (B, 1, S, L + R) -> (B, 1, H·T, L + R).
+    """
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # SDPA's, which returns LSE
+    whole = entries.shape[2] // chunks * chunks
+    kv, rest = entries[:, 0, :whole].unflatten(1, (chunks, -1)), entries[:, :, whole:]
+    parts = [flash(rows.expand(-1, chunks, -1, -1), kv, kv, scale=scale)]
+    if rest.shape[2]:  # slots that are left over: fewer than there are chunks
+        parts.append(flash(rows, rest, rest, scale=scale))
+    out, lse = (torch.cat(both, 1) for both in zip(*parts, strict=True))  # (B, C, H·T, L + R)
+    return (lse.softmax(1)[..., None].to(out.dtype) * out).sum(1, keepdim=True)
+
+
 def mla_decode(
     q: Tensor, entries: Tensor, kv_lora_rank: int, scale: float, mask: Tensor | None = None,
     lengths: Tensor | None = None, pages: Tensor | None = None,
@@ -790,9 +806,9 @@ def mla_decode(
     (pages, 64, L + R), and slot j of row b is slot j % 64 of entries[pages[b, j // 64]].
 
     On a GPU by kernels (FlashDecoding: chunks of slots, then their sum; the same bits at every
-    run) where no mask and no gradient is asked for; else by their PyTorch twin, whose bf16 entries
-    make bf16 scores. Under autocast the twin's products and its result take that dtype, and a cache
-    of another is cast at every step; the kernels keep to the cache's.
+    run) where no mask and no gradient is asked for; else by their PyTorch twin, which is SDPA.
+    Under autocast the twin's result takes that dtype, and a cache of another is cast at every step;
+    the kernels keep to the cache's.
     """
     (B, H, T, width), size = q.shape, entries.shape[1]
     S = size if pages is None else pages.shape[1] * size
@@ -820,16 +836,18 @@ def mla_decode(
         entries = unpaged(entries, pages, lengths, longest)
     if lengths is not None:
         mask = visible(lengths, T, entries.shape[1])
-    rows = q.to(entries.dtype).flatten(1, 2)  # (B, H·T, L + R)
-    # Entries on the left: a CPU takes six times as long over 16 bf16 rows times a long transpose.
-    # beta=0: what the first argument holds is never read. alpha scales before a bf16 score rounds.
-    scores = torch.baddbmm(rows.new_empty(()), entries, rows.mT, beta=0, alpha=scale)
-    scores = scores.mT.unflatten(1, (H, -1))  # (B, H, T, S)
+    # all heads are queries of one: (B, 1, H·T, L + R). A block of entries is read for all of them
+    rows, entries = q.to(entries.dtype).flatten(1, 2)[:, None], entries[:, None]
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(-1).flatten(1, 2)  # (B, H·T, S): summed in fp32 whatever the width
-    out = weights @ entries  # (B, H·T, L + R): the R are wasted, but slicing first would copy
-    return out[..., :kv_lora_rank].unflatten(1, (H, -1))  # (B, H, T, L)
+        mask = mask.expand(B, H, T, entries.shape[2]).flatten(1, 2)[:, None]
+    plain = mask is None and not (differentiable or torch.is_autocast_enabled(q.device.type))
+    chunks = min(torch.get_num_threads() // max(B, 1), S // 1024)
+    if q.device.type == "cpu" and plain and chunks > 1 and not torch.compiler.is_compiling():
+        out = chunked_decode(rows, entries, chunks, scale)
+    else:
+        out = F.scaled_dot_product_attention(rows, entries, entries, mask, scale=scale)
+    # of the values the last R are none, but to slice them off first would copy
+    return out[:, 0, :, :kv_lora_rank].unflatten(1, (H, -1))  # (B, H, T, L)
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -1219,10 +1237,16 @@ def race_of_graphs(tasks: dict[str, Callable], rounds: int) -> dict[str, float]:
 
 
 def matmul_attention(q, k, v, causal=True, scale=None, mask=None, keys_left=False) -> Tensor:
-    """One query token, q: (B, H, 1, D), by two products; keys_left is what `mla_decode` does."""
+    """One query token, q: (B, H, 1, D), by two products."""
     q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3) * (scale or q.shape[-1] ** -0.5)
     scores = (k @ q.mT).mT if keys_left else q @ k.mT  # (B, G, H/G, S), q: (B, G, H/G, D)
     return (scores.softmax(-1) @ v).flatten(1, 2).unsqueeze(2)  # (B, H, 1, V)
+
+
+def rows_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The heads of a group as rows of one query, as in `mla_decode`."""
+    rows = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, G, H/G, D)
+    return F.scaled_dot_product_attention(rows, k, v).flatten(1, 2).unsqueeze(2)
 
 
 OPERATIONS = {  # of the attention part on one slot of the cache: bytes, flop
@@ -1233,6 +1257,7 @@ OPERATIONS = {  # of the attention part on one slot of the cache: bytes, flop
 }
 RIVALS = {  # which is fastest depends on dtype, heads and context: each kind of head takes its best
     "SDPA": partial(F.scaled_dot_product_attention, enable_gqa=True),
+    "SDPA by groups": rows_attention,
     "matmul": matmul_attention,
     "matmul, keys left": partial(matmul_attention, keys_left=True),
 }

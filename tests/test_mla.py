@@ -669,14 +669,29 @@ def test_mla_decode_is_multi_query_attention(T, masked):
     assert_close(got, attn.attention(q, k, k[..., :5], causal=False, scale=0.4, mask=mask))
 
 
-def test_mla_decode_rounds_a_score_once_and_sums_in_fp32():
-    """Whole numbers, so that products are exact in bf16: scaling alone rounds, and once."""
+@pytest.mark.parametrize("B, S, chunks", [(1, 3071, 2), (1, 4098, 4), (2, 4096, 2), (3, 4096, 0)])
+def test_a_long_cache_is_read_in_chunks(B, S, chunks, monkeypatch):
+    """1024 slots at least, and no more chunks than the rows leave threads; a few are left over."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    asked, whole = [], mla.chunked_decode
+    monkeypatch.setattr(mla, "chunked_decode", lambda *a: asked.append(a[2]) or whole(*a))
+    q, entries = torch.randn(B, 3, 2, 24).double(), torch.randn(B, S + 9, 24).double()[:, :S]
+    got, k = mla.mla_decode(q, entries, 16, 0.4), entries[:, None]
+    assert asked == [chunks] * (chunks > 0)
+    assert_close(got, attn.attention(q, k, k[..., :16], causal=False, scale=0.4))
+    mla.mla_decode(q, entries.requires_grad_(), 16, 0.4).sum().backward()
+    mla.mla_decode(q, entries.detach(), 16, 0.4, lengths=torch.full((B,), S))
+    assert len(asked) == (chunks > 0) and entries.grad[..., :16].all()
+
+
+def test_mla_decode_keeps_scores_in_fp32():
+    """Of 16 and more in size, which bf16 would round by 2^-5."""
     q = torch.randint(-2, 3, (1, 4, 1, 12)).bfloat16()
     entries = torch.randint(-1, 2, (1, 600, 12)).bfloat16()
     got = mla.mla_decode(q, entries, 10, 0.9)
-    scores = (0.9 * (q.double() @ entries[:, None].double().mT)).bfloat16().double()
+    scores = 0.9 * (q.double() @ entries[:, None].double().mT)
     want = scores.softmax(-1) @ entries[:, None, :, :10].double()
-    # half a step of 8 bits for weights and for the result; rounded twice, logits of 16 show 2^-5
+    # half a step of 8 bits for weights and for the result
     assert (got.double() - want).abs().max() <= 2 * 2**-9
 
 
