@@ -841,8 +841,9 @@ def mla_decode(
     if mask is not None:
         mask = mask.expand(B, H, T, entries.shape[2]).flatten(1, 2)[:, None]
     plain = mask is None and not (differentiable or torch.is_autocast_enabled(q.device.type))
-    chunks = min(torch.get_num_threads() // max(B, 1), S // 1024)
-    if q.device.type == "cpu" and plain and chunks > 1 and not torch.compiler.is_compiling():
+    threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
+    chunks = min(threads // max(B, 1), S // 1024)
+    if q.device.type == "cpu" and plain and chunks > 1:
         out = chunked_decode(rows, entries, chunks, scale)
     else:
         out = F.scaled_dot_product_attention(rows, entries, entries, mask, scale=scale)
