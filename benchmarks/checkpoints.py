@@ -9,7 +9,7 @@ the peak of a process of its own, loading included. goal: what we had set out to
 compiled: nano once more after `compile_decoding`, beside theirs as it is, and compiled as well
 (into a cache of fixed length, as they recommend).
 
-Run:  python benchmarks/checkpoints.py          8 minutes on two CPU cores
+Run:  python benchmarks/checkpoints.py          6 minutes on two CPU cores
 """
 
 import argparse
