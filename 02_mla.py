@@ -790,7 +790,7 @@ def chunked_decode(rows: Tensor, entries: Tensor, chunks: int, scale: float) -> 
     if rest.shape[2]:  # slots that are left over: fewer than there are chunks
         parts.append(flash(rows, rest, rest, scale=scale))
     out, lse = (torch.cat(both, 1) for both in zip(*parts, strict=True))  # (B, C, H·T, L + R)
-    return (lse.softmax(1)[..., None].to(out.dtype) * out).sum(1, keepdim=True)
+    return (lse.softmax(1)[..., None] * out).sum(1, keepdim=True).to(out.dtype)  # lse: fp32
 
 
 def mla_decode(
@@ -806,9 +806,10 @@ def mla_decode(
     (pages, 64, L + R), and slot j of row b is slot j % 64 of entries[pages[b, j // 64]].
 
     On a GPU by kernels (FlashDecoding: chunks of slots, then their sum; the same bits at every
-    run) where no mask and no gradient is asked for; else by their PyTorch twin, which is SDPA.
-    Under autocast the twin's result takes that dtype, and a cache of another is cast at every step;
-    the kernels keep to the cache's.
+    run) where no mask and no gradient is asked for; else by their PyTorch twin, which is SDPA,
+    in chunks too for one query token and long caches of few, equal rows. Under autocast the twin's
+    result takes that dtype, and a cache of another is cast at every step; the kernels keep to the
+    cache's.
     """
     (B, H, T, width), size = q.shape, entries.shape[1]
     S = size if pages is None else pages.shape[1] * size
@@ -837,13 +838,13 @@ def mla_decode(
     if lengths is not None:
         mask = visible(lengths, T, entries.shape[1])
     # all heads are queries of one: (B, 1, H·T, L + R). A block of entries is read for all of them
-    rows, entries = q.to(entries.dtype).flatten(1, 2)[:, None], entries[:, None]
+    rows, entries = q.to(entries.dtype).flatten(1, 2)[:, None].contiguous(), entries[:, None]
     if mask is not None:
         mask = mask.expand(B, H, T, entries.shape[2]).flatten(1, 2)[:, None]
     plain = mask is None and not (differentiable or torch.is_autocast_enabled(q.device.type))
     threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
     chunks = min(threads // max(B, 1), S // 1024)
-    if q.device.type == "cpu" and plain and chunks > 1:
+    if q.device.type == "cpu" and plain and chunks > 1 and q.numel() and entries.stride(-1) == 1:
         out = chunked_decode(rows, entries, chunks, scale)
     else:
         out = F.scaled_dot_product_attention(rows, entries, entries, mask, scale=scale)
@@ -1238,7 +1239,7 @@ def race_of_graphs(tasks: dict[str, Callable], rounds: int) -> dict[str, float]:
 
 
 def matmul_attention(q, k, v, causal=True, scale=None, mask=None, keys_left=False) -> Tensor:
-    """One query token, q: (B, H, 1, D), by two products."""
+    """One query token, q: (B, H, 1, D), by two products; keys_left: the first one transposed."""
     q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3) * (scale or q.shape[-1] ** -0.5)
     scores = (k @ q.mT).mT if keys_left else q @ k.mT  # (B, G, H/G, S), q: (B, G, H/G, D)
     return (scores.softmax(-1) @ v).flatten(1, 2).unsqueeze(2)  # (B, H, 1, V)
@@ -1366,10 +1367,10 @@ def draw(contexts: list[int], curves: dict, points: dict, roof: tuple, out: Path
 
 
 # %% 5. How fast? ----------------------------------------------------------------------------
-# The attention part counts the products with W_UK and W_UV. The whole layer gains less, as both
-# kinds must read their projections for every token, 13.8M weights here and 16.8M in MHA. fp32
-# gains less too: 30 operations a byte are cheap only where a processor has them to spare, and
-# a CPU's fp32 product of 16 rows has few.
+# The attention part counts the products with W_UK and W_UV. To the whole layer's time both kinds
+# add that of reading their projections for every token, 13.8M weights here and 16.8M in MHA.
+# fp32 doubles the bytes of either; MHA, which waits for them, feels that more than absorbed MLA,
+# which spends 30 operations on each.
 
 
 class HeadsWithCache:

@@ -806,22 +806,25 @@ class Talk:
 
 
 def compile_decoding(model: "base.DeepSeek") -> None:
-    """Let torch.compile fuse the pass that decodes one token of up to 16 rows: half a minute.
+    """Let torch.compile fuse the pass that decodes one token of one row or a few (nano: 16).
 
-    A small model on a CPU, whose time goes into calling its operations, then writes twice as fast;
-    one that reads gigabytes a token gains nothing. Drafts (05) are as before. ValueError: a GPU
-    (CUDA graphs are its way: see benchmarks/mtp.py), FP8 products, or no C++ compiler.
+    It takes half a minute, and as long again at the first text of several rows, and of unequal
+    ones. A small model on a CPU, whose time goes into calling its operations, then writes twice as
+    fast; not so one whose time goes into reading its weights. Drafts (05) are as before.
+    ValueError: a GPU (CUDA graphs are its way: see benchmarks/mtp.py), FP8 products, or no C++
+    compiler.
     """
     device, tensors = model.lm_head.weight.device, model.state_dict().values()
     if device.type != "cpu":
         raise ValueError(f"decoding is compiled for a CPU alone, and the model is on {device}")
     if model.precision == "fp8" or any(t.dtype == torch.float8_e4m3fn for t in tensors):
         raise ValueError("a model with FP8 products isn't compiled: load it without them")
-    plain = type(model).hidden
+    c, plain = model.config, type(model).hidden
+    few = 2 * c.n_routed_experts // c.num_experts_per_tok  # rows that of_few_compiled (03) takes
     compiled = torch.compile(plain, dynamic=True)
 
     def hidden(self, tokens: Tensor, caches: list | None = None) -> Tensor:
-        one = caches is not None and tokens.shape[1] == 1 and len(tokens) <= 16
+        one = caches is not None and tokens.shape[1] == 1 and len(tokens) <= few
         return (compiled if one and not torch.is_grad_enabled() else plain)(self, tokens, caches)
 
     model.hidden = MethodType(hidden, model)  # a copy's will be bound to the copy
@@ -1038,6 +1041,8 @@ def arguments() -> argparse.Namespace:
         cli.error("--save, --fp8 and --compile want a FOLDER")
     if args.compile and (args.save or args.fp8):
         cli.error("--compile is for a chat, and not for weights kept in FP8")
+    if args.compile and args.device != "cpu":
+        cli.error(f"--compile wants --device cpu, got {args.device}")
     try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # each backend raises a type of its own
@@ -1059,6 +1064,7 @@ def converse(args: argparse.Namespace) -> None:
         print(f"{args.save}: {', '.join(sorted(p.name for p in args.save.iterdir()))}")
         return
     if args.compile:
+        print("compiling: half a minute", flush=True)
         compile_decoding(model)
     drawing = {"temperature": args.temperature, "top_p": args.top_p}
     drawing["generator"] = torch.Generator(args.device).manual_seed(args.seed)

@@ -123,7 +123,7 @@ def speed(name: str, folder: Path) -> None:
     tasks = {"ours": lambda: ours(tokens, ours.new_caches(1, PREFILL))}  # theirs fill one, too
     tasks |= {kind: (lambda model=model: model(tokens)) for kind, model in theirs.items()}
     report(f"prefill_ratio_{name}", race(tasks, rounds), "tokens/s", PREFILL, "1")
-    if name != "nano":  # what reads gigabytes a token gains nothing by it
+    if name != "nano":  # the other's time is that of reading its weights
         return
     chapter.compile_decoding(ours)
     also = {"compiled": compiled(open_theirs(folder, "grouped_mm"))}

@@ -949,7 +949,7 @@ def test_compiled_decoding_writes_the_same(backend, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     model, rows = model_of(), [[[1, 2, 3]]]
     if backend == "eager":
-        rows += [[[5], [6, 7, 8, 9], [10, 11]], [[7, 7]] * 8]
+        rows += [[[5], [6, 7, 8, 9], [10, 11]], [[7, 7]] * 8, [[7, 7]] * 9]
     want = [model.generate(prompts, 20) for prompts in rows]
     counters.clear()
     chapter.compile_decoding(model)
@@ -1010,3 +1010,5 @@ def test_the_command_line(tmp_path, encoding):
     assert done.returncode == 2 and "want a FOLDER" in done.stderr
     done = call(tmp_path / "run", "--compile", "--fp8")
     assert done.returncode == 2 and "--compile is for a chat" in done.stderr
+    done = call(tmp_path / "run", "--compile", "--device", "meta")
+    assert done.returncode == 2 and "--compile wants --device cpu" in done.stderr

@@ -684,6 +684,17 @@ def test_a_long_cache_is_read_in_chunks(B, S, chunks, monkeypatch):
     assert len(asked) == (chunks > 0) and entries.grad[..., :16].all()
 
 
+def test_chunks_read_what_lies_elsewise_and_nothing(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    entries = torch.randn(1, 4096, 24).double()
+    none = torch.randn(1, 3, 0, 24).double()
+    assert mla.mla_decode(none, entries, 16, 0.4).shape == (1, 3, 0, 16)
+    q, turned = torch.randn(1, 24, 3, 1).permute(0, 2, 3, 1).double(), entries.mT.contiguous().mT
+    for e in entries, turned:
+        want = attn.attention(q, e[:, None], e[:, None, :, :16], causal=False, scale=0.4)
+        assert_close(mla.mla_decode(q, e, 16, 0.4), want)
+
+
 def test_mla_decode_keeps_scores_in_fp32():
     """Of 16 and more in size, which bf16 would round by 2^-5."""
     q = torch.randint(-2, 3, (1, 4, 1, 12)).bfloat16()
