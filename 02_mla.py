@@ -785,12 +785,14 @@ def chunked_decode(rows: Tensor, entries: Tensor, chunks: int, scale: float) -> 
     """
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # SDPA's, which returns LSE
     whole = entries.shape[2] // chunks * chunks
-    kv, rest = entries[:, 0, :whole].unflatten(1, (chunks, -1)), entries[:, :, whole:]
+    kv = entries[:, 0, :whole].unflatten(1, (chunks, -1))  # (B, chunks, S/chunks, L + R)
+    rest = entries[:, :, whole:]
     parts = [flash(rows.expand(-1, chunks, -1, -1), kv, kv, scale=scale)]
     if rest.shape[2]:  # slots that are left over: fewer than there are chunks
         parts.append(flash(rows, rest, rest, scale=scale))
-    out, lse = (torch.cat(both, 1) for both in zip(*parts, strict=True))  # (B, C, H·T, L + R)
-    return (lse.softmax(1)[..., None] * out).sum(1, keepdim=True).to(out.dtype)  # lse: fp32
+    # (B, chunks or one more, H·T, L + R), and without its last axis in fp32 or wider
+    out, lse = (torch.cat(both, 1) for both in zip(*parts, strict=True))
+    return (lse.softmax(1)[..., None] * out).sum(1, keepdim=True).to(out.dtype)
 
 
 def mla_decode(
@@ -837,7 +839,8 @@ def mla_decode(
         entries = unpaged(entries, pages, lengths, longest)
     if lengths is not None:
         mask = visible(lengths, T, entries.shape[1])
-    # all heads are queries of one: (B, 1, H·T, L + R). A block of entries is read for all of them
+    # all heads are queries of one, (B, 1, H·T, L + R), and a block of entries, (B, 1, S, L + R), is
+    # read for all of them
     rows, entries = q.to(entries.dtype).flatten(1, 2)[:, None].contiguous(), entries[:, None]
     if mask is not None:
         mask = mask.expand(B, H, T, entries.shape[2]).flatten(1, 2)[:, None]
@@ -848,7 +851,7 @@ def mla_decode(
         out = chunked_decode(rows, entries, chunks, scale)
     else:
         out = F.scaled_dot_product_attention(rows, entries, entries, mask, scale=scale)
-    # of the values the last R are none, but to slice them off first would copy
+    # (B, 1, H·T, L + R): of the values the last R are none, but to slice them off first would copy
     return out[:, 0, :, :kv_lora_rank].unflatten(1, (H, -1))  # (B, H, T, L)
 
 
@@ -1370,7 +1373,7 @@ def draw(contexts: list[int], curves: dict, points: dict, roof: tuple, out: Path
 # The attention part counts the products with W_UK and W_UV. To the whole layer's time both kinds
 # add that of reading their projections for every token, 13.8M weights here and 16.8M in MHA.
 # fp32 doubles the bytes of either; MHA, which waits for them, feels that more than absorbed MLA,
-# which spends 30 operations on each.
+# which spends 30 operations on one of bf16, 15 on one of fp32.
 
 
 class HeadsWithCache:

@@ -1033,7 +1033,7 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))  # before each row is copied K times
         (N, K), own = indices.shape, kind == "cpu" and self.grouped_gemm is None
-        if own and 0 < N * K <= 2 * len(load) and not torch.is_grad_enabled():
+        if own and 0 < N * K <= 2 * len(load) and not torch.is_grad_enabled():  # two an expert
             if torch.compiler.is_compiling():
                 return self.of_few_compiled(x, indices, weights)
             if N * K < len(load):
@@ -1079,10 +1079,10 @@ class Experts(nn.Module):
         that nothing waits for the choice. One that several tokens chose is read for each."""
         (N, K), chosen = indices.shape, indices.flatten()
         rows = x.repeat_interleave(K, 0)[:, None]  # (N·K, 1, D)
-        gate, up = (self.gate_up_proj[chosen] * rows).sum(-1).chunk(2, -1)
+        gate, up = (self.gate_up_proj[chosen] * rows).sum(-1).chunk(2, -1)  # (N·K, I) each
         hidden = F.silu(gate) * up * weights.view(-1, 1)  # (N·K, I)
-        rows = (self.down_proj[chosen] * hidden[:, None]).sum(-1)  # (N·K, D)
-        return rows.view(N, K, -1).sum(1).to(x.dtype)
+        out = (self.down_proj[chosen] * hidden[:, None]).sum(-1)  # (N·K, D)
+        return out.view(N, K, -1).sum(1).to(x.dtype)
 
 
 class MoE(nn.Module):

@@ -809,10 +809,10 @@ def compile_decoding(model: "base.DeepSeek") -> None:
     """Let torch.compile fuse the pass that decodes one token of one row or a few (nano: 16).
 
     It takes half a minute, and as long again at the first text of several rows, and of unequal
-    ones. A small model on a CPU, whose time goes into calling its operations, then writes twice as
-    fast; not so one whose time goes into reading its weights. Drafts (05) are as before.
-    ValueError: a GPU (CUDA graphs are its way: see benchmarks/mtp.py), FP8 products, or no C++
-    compiler.
+    ones. A small model on a CPU, whose time goes into calling its operations, then writes more than
+    twice as fast (benchmarks/checkpoints.py); it is not meant for one whose time goes into reading
+    its weights. Drafts (05) are as before. ValueError: a GPU (CUDA graphs are its way: see
+    benchmarks/mtp.py), FP8 products, or no C++ compiler.
     """
     device, tensors = model.lm_head.weight.device, model.state_dict().values()
     if device.type != "cpu":

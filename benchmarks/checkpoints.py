@@ -7,7 +7,7 @@ transformers' two kinds of experts the faster counts. Interleaved in one process
 the peak of a process of its own, loading included. goal: what we had set out to reach.
 
 compiled: nano once more after `compile_decoding`, beside theirs as it is, and compiled as well
-(into a cache of fixed length, as they recommend).
+(into their cache of fixed length).
 
 Run:  python benchmarks/checkpoints.py          6 minutes on two CPU cores
 """
@@ -101,7 +101,8 @@ def report(name: str, times: dict[str, list[float]], unit: str, amount: int, goa
     rival = min((who for who in medians if who != "ours"), key=medians.get)
     ratios = [b / a for a, b in zip(times["ours"], times[rival], strict=True)]
     text = f"x   {amount / medians['ours']:,.0f} {unit} against {amount / medians[rival]:,.0f}"
-    text += f" ({rival}); {min(ratios):.2f} to {max(ratios):.2f}   goal {goal}"
+    text += f" ({rival}); {min(ratios):.2f} to {max(ratios):.2f}"
+    text += f"   goal {goal}" if goal else ""
     measure(name, statistics.median(ratios), text)
 
 
@@ -131,7 +132,7 @@ def speed(name: str, folder: Path) -> None:
         for kind, rivals in ("compiled", theirs), ("both_compiled", also):
             times = race(decoders(ours, rivals, prompts_of(config, batch, PROMPT), new), rounds)
             key = f"decode_ratio_{name}_batch_{batch}_{kind}"
-            report(key, times, "tokens/s", batch * new, "3" if rivals is theirs else "none")
+            report(key, times, "tokens/s", batch * new, "3" if rivals is theirs else "")
 
 
 def peak(name: str, folder: Path, who: str) -> int:

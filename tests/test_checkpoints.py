@@ -963,7 +963,7 @@ def test_compiled_decoding_writes_the_same(backend, monkeypatch):
     assert model.lm_head.weight.grad.isfinite().all()
 
 
-def test_what_cannot_be_compiled_is_said_and_left_as_it_was(tmp_path):
+def test_what_cannot_be_compiled_is_said_and_left_as_it_was():
     with pytest.raises(ValueError, match="FP8"):
         chapter.compile_decoding(base.DeepSeek(TINY, "fp8"))
     with torch.device("meta"), pytest.raises(ValueError, match="a CPU alone.* meta"):
