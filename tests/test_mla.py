@@ -696,7 +696,7 @@ def test_chunks_read_what_lies_elsewise_and_nothing(monkeypatch):
 
 
 def test_mla_decode_keeps_scores_in_fp32():
-    """Of 16 and more in size, which bf16 would round by 2^-5."""
+    """Of 8 to 16 in size, which bf16 would round by up to 2^-5."""
     q = torch.randint(-2, 3, (1, 4, 1, 12)).bfloat16()
     entries = torch.randint(-1, 2, (1, 600, 12)).bfloat16()
     got = mla.mla_decode(q, entries, 10, 0.9)
