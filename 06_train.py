@@ -165,8 +165,8 @@ class DeepSeekConfig:
         """
         raw = dict(raw)
         kind = raw.get("model_type", "deepseek_v3")
-        if kind not in ("deepseek_v3", "deepseek_v2"):
-            raise ValueError(f"model_type {kind!r}: want 'deepseek_v3' or 'deepseek_v2'")
+        if kind not in ("deepseek_v3", "deepseek_v2", "kimi_k2"):  # Kimi K2 is a V3 by its sizes
+            raise ValueError(f"model_type {kind!r}: want deepseek_v3, deepseek_v2 or kimi_k2")
         for key, ours in BUILT.items():
             if raw.get(key, ours) != ours:
                 raise ValueError(f"{key} = {raw[key]!r} is not built here, only {ours!r}")

@@ -282,7 +282,7 @@ def load_released(
     folder: str | Path, device="cpu", dtype: torch.dtype | None = None, keep_fp8: bool = False,
     with_mtp: bool = True, progress: bool = False,
 ) -> "base.DeepSeek":  # fmt: skip
-    """V3, R1, V3.1, V2, V2-Lite, Moonlight, or what `save_released` wrote, as chapter 06's model.
+    """V3, R1, V3.1, V2, V2-Lite, Moonlight, Kimi K2, or what `save_released` wrote, as 06's model.
 
     One file, or shards; a weight and its scale may be in different ones. Names, shapes and types
     are compared before a weight is read, and then there is one tensor in memory beside the model
@@ -1041,7 +1041,7 @@ def arguments() -> argparse.Namespace:
         cli.error("--save, --fp8 and --compile want a FOLDER")
     if args.compile and (args.save or args.fp8):
         cli.error("--compile is for a chat, and not for weights kept in FP8")
-    if args.compile and args.device != "cpu":
+    if args.compile and args.device.split(":")[0] != "cpu":
         cli.error(f"--compile wants --device cpu, got {args.device}")
     try:
         torch.zeros(1, device=args.device).item()
@@ -1090,7 +1090,8 @@ def main() -> None:
         try:
             return converse(args)
         except (ValueError, OSError, SafetensorError) as error:
-            sys.exit(str(error))
+            print(error, file=sys.stderr)
+            raise SystemExit(2) from None
     layout = verify_layout()
     with tempfile.TemporaryDirectory() as folder:
         verify_round_trips(Path(folder))

@@ -88,8 +88,14 @@ MOONLIGHT = replace(
     rope_scaling=None, max_position_embeddings=8192, rms_norm_eps=1e-5, bos_token_id=163584,
     eos_token_id=163586,
 )  # fmt: skip
+KIMI_K2 = replace(
+    base.V3, vocab_size=163840, first_k_dense_replace=1, num_attention_heads=64,
+    n_routed_experts=384, n_group=1, topk_group=1, routed_scaling_factor=2.827, rope_theta=50000.0,
+    max_position_embeddings=131072, num_nextn_predict_layers=0, bos_token_id=163584,
+    eos_token_id=163585,
+)  # fmt: skip
 PRESETS = {name: config for name, (config, _) in base.PRESETS.items()}
-PRESETS |= {"v2": V2, "moonlight": MOONLIGHT}
+PRESETS |= {"v2": V2, "moonlight": MOONLIGHT, "kimi-k2": KIMI_K2}
 GQA = {
     "qwen2.5-72b": (80, 8, 64),
     "llama-3.1-405b": (126, 8, 128),
@@ -253,7 +259,7 @@ def exactly(name: str, got: float, want: float, tol: float = 0) -> None:
 def verify_parameters() -> None:
     """Totals to the last weight, against listings of the checkpoints and chapter 06's model."""
     published = {"v3": 671_026_419_200, "v2": 235_741_434_880, "v2-lite": 15_706_484_224}
-    published["moonlight"] = 15_960_110_208
+    published |= {"moonlight": 15_960_110_208, "kimi-k2": 1_026_408_232_448}
     for name, want in published.items():
         exactly(f"{name}: weights = {want:,}", total(count_parameters(PRESETS[name])), want)
     exactly(
@@ -556,8 +562,13 @@ def arguments() -> argparse.Namespace:
         cli.error("--preset or --config, not both")
     try:
         training_cost(base.NANO, args.tokens, args.mfu, args.gpu, args.price, args.context)
+        args.config = read_config(args.config) if args.config else PRESETS.get(args.preset)
     except ValueError as error:
         cli.error(str(error))
+    try:
+        torch.zeros(1, device=args.device).item()
+    except Exception as error:  # each backend raises a type of its own
+        cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
     return args
 
 
@@ -569,25 +580,19 @@ def read_config(path: Path) -> Config:
         raw.pop("quantization_config", None)  # how weights are stored, not how many
         return Config.from_dict(raw)
     except (OSError, TypeError, AttributeError, ValueError) as error:
-        raise SystemExit(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
 
 
 def main() -> None:
     args = arguments()
-    if args.preset or args.config:
-        config = PRESETS[args.preset] if args.preset else read_config(args.config)
-        return describe(config, args.context, args.tokens, args.mfu, args.gpu, args.price)
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device).item()
-    except Exception as error:  # each backend raises a type of its own
-        raise SystemExit(f"cannot run on --device {args.device}: {str(error)[:100]}") from None
+    if args.config:
+        return describe(args.config, args.context, args.tokens, args.mfu, args.gpu, args.price)
     verify_parameters()
     verify_bytes()
     verify_hours()
     why(args.out / "09_cost.png")
     decode(args.out / "09_cost_decode.png")
-    yours(device, args.price)
+    yours(torch.device(args.device), args.price)
 
 
 if __name__ == "__main__":

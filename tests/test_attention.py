@@ -613,6 +613,7 @@ compare(2, 3, 1, 1, 37, 16, 16, True)
 compare(1, 2, 2, 50, 20, 16, 8, False)
 compare(1, 2, 2, 40, 40, 16, 16, True, scale=3.0)
 compare(1, 1, 1, 20, 20, 256, 256, True)
+compare(1, 1, 1, 150, 200, 16, 16, True)  # several tiles of keys, and some of queries see none
 for _ in range(6):
     G, T = random.randint(1, 2), random.randint(1, 60)
     S = T + random.randint(0, 40)

@@ -447,7 +447,7 @@ def test_a_square_scale_turned_round_is_seen_by_nothing_but_the_numbers(tmp_path
 
 CONFIGS = {
     "model_type": ({"model_type": "llama"}, "model_type 'llama'"),
-    "kimi": ({"model_type": "kimi_k2"}, "model_type 'kimi_k2'"),
+    "kimi": ({"model_type": "kimi_linear"}, "model_type 'kimi_linear'"),
     "bias": ({"attention_bias": True}, "attention_bias = True is not built"),
     "awq": ({"quantization_config": {"quant_method": "awq"}}, "quant_method 'awq' is not 'fp8'"),
     "blocks": (
@@ -466,6 +466,20 @@ def test_a_config_that_is_not_ours_is_refused(case, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         chapter.load_released(tmp_path / "out")
+
+
+def test_kimi_k2_is_a_v3_of_other_sizes(tmp_path):
+    """Its frequencies have no ramp: beta_fast = beta_slow. transformers has its maths as V3's."""
+    yarn = {"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 16}
+    yarn |= {"beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    model = model_of(replace(TINY, n_group=1, topk_group=1, rope_theta=5e4, rope_scaling=yarn))
+    chapter.save_released(model, tmp_path)
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "kimi_k2"}))
+    with torch.no_grad():
+        got, want = chapter.load_released(tmp_path)(TOKENS), other(TOKENS).logits
+    assert (got - want).abs().max() <= 1e-4
 
 
 def test_damaged_files_are_named(tmp_path):
@@ -1004,7 +1018,7 @@ def test_the_command_line(tmp_path, encoding):
     assert done.returncode == 0 and "MTP" not in done.stdout, done.stderr
     (tmp_path / "run/checkpoint/model.safetensors").write_bytes(b"")  # not even looked at:
     done = call(tmp_path / "run", "--save", tmp_path / "new")
-    assert done.returncode == 1 and "not empty" in done.stderr
+    assert done.returncode == 2 and "not empty" in done.stderr
     assert "Traceback" not in done.stderr
     done = call("--fp8")
     assert done.returncode == 2 and "want a FOLDER" in done.stderr

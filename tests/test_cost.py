@@ -198,7 +198,7 @@ def test_the_command_line(tmp_path):
     assert "an MTP module" in done.stdout and "4 of 8 groups" in done.stdout
     path.write_text(json.dumps(raw | {"model_type": "llama"}))
     done = call("--config", path)
-    assert done.returncode == 1 and "model_type 'llama'" in done.stderr
+    assert done.returncode == 2 and "model_type 'llama'" in done.stderr
     done = call("--mfu", "1.5")
     assert done.returncode == 2 and "got 1.5" in done.stderr
     done = call("--preset", "v3", "--config", path)
