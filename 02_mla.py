@@ -921,12 +921,25 @@ class MultiHeadLatentAttention(nn.Module):
         """In the weight's dtype: under autocast the two differ, and a CPU takes 10x as long."""
         return norm(x.to(norm.weight.dtype)).to(x.dtype)
 
-    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Eq. 6-9: x (B, T, C) -> without position (B, H, T, N), turned (B, H, T, R)."""
+    def positions(self, x: Tensor, cache: LatentCache | None) -> Tensor:
+        """Of x's tokens, behind what the cache holds: (T,), or (B, T) where its rows differ."""
+        B, T, _ = x.shape
+        if cache is not None and len(cache.lengths) != B:
+            raise ValueError(f"cache has {len(cache.lengths)} rows, x has {B}")
+        begin = cache.used if cache is not None and cache.even else 0
+        positions = torch.arange(begin, begin + T, device=x.device)
+        even = cache is None or cache.even
+        return positions if even else cache.lengths[:, None] + positions
+
+    def query_latent(self, x: Tensor) -> Tensor:
+        """Eq. 6: x (B, T, C) -> the queries' own latent (B, T, Q); without one, x itself."""
         if self.q_lora_rank is None:
-            q = self.q_proj(x)
-        else:
-            q = self.q_b_proj(self.normed(self.q_a_layernorm, self.q_a_proj(x)))
+            return x
+        return self.normed(self.q_a_layernorm, self.q_a_proj(x))
+
+    def queries(self, c: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 7-9: latent (B, T, Q) -> without position (B, H, T, N), turned (B, H, T, R)."""
+        q = self.q_proj(c) if self.q_lora_rank is None else self.q_b_proj(c)
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, N + R)
         q_nope, q_rope = q.split(self.q_split, -1)
         cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # (1, T, R/2) or (B, 1, T, R/2)
@@ -984,17 +997,10 @@ class MultiHeadLatentAttention(nn.Module):
         Gradients flow through either, and through one call with a cache that was empty.
         """
         B, T, _ = x.shape
-        begin = cache.used if cache is not None and cache.even else 0
-        positions = torch.arange(begin, begin + T, device=x.device)  # (T,)
-        entries = pages = None
-        if cache is not None:
-            if len(cache.lengths) != B:
-                raise ValueError(f"cache has {len(cache.lengths)} rows, x has {B}")
-            if not cache.even:
-                positions = cache.lengths[:, None] + positions  # (B, T)
-        cos, sin = self.cos_sin(positions, x.dtype)  # (T, R/2) or (B, T, R/2)
-        q_nope, q_rope = self.queries(x, cos, sin)
+        cos, sin = self.cos_sin(self.positions(x, cache), x.dtype)  # (T, R/2) or (B, T, R/2)
+        q_nope, q_rope = self.queries(self.query_latent(x), cos, sin)
         latent, k_rope = self.latents(x, cos, sin)
+        entries = pages = None
         if cache is not None:
             entries, pages = cache.append(latent, k_rope), cache.pages  # (B, S, L + R)
         # where all rows began empty, the plain causal kernel will do

@@ -236,11 +236,13 @@ class Block(nn.Module):
     linear, grouped_gemm: stand-ins for nn.Linear and for 03's, in another precision.
     """
 
+    attention = mla.MultiHeadLatentAttention  # chapter 10 has another
+
     def __init__(self, config: DeepSeekConfig, layer: int, linear=Linear, grouped_gemm=None):
         super().__init__()
         c = config
         self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        self.self_attn = mla.MultiHeadLatentAttention(
+        self.self_attn = self.attention(
             c.hidden_size, c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim,
             c.qk_rope_head_dim, c.v_head_dim, c.q_lora_rank, c.rope_theta, c.rope_scaling,
             c.rope_interleave, linear=linear, attention=cpu_or_gpu_attention,
@@ -317,6 +319,8 @@ class DeepSeek(nn.Module):
     kv_b_proj's, which the absorbed form splits by head. ValueError: any other but "bf16".
     """
 
+    Config, Block = DeepSeekConfig, Block
+
     def __init__(self, config: DeepSeekConfig, precision: str = "bf16"):
         super().__init__()
         if precision not in PRECISIONS:
@@ -327,12 +331,12 @@ class DeepSeek(nn.Module):
         self.model = nn.Module()  # a level of its own, as in the released names
         self.model.embed_tokens = nn.Embedding(V, D)
         layers = range(config.num_hidden_layers)
-        self.model.layers = nn.ModuleList(Block(config, layer, **products) for layer in layers)
+        self.model.layers = nn.ModuleList(self.Block(config, i, **products) for i in layers)
         self.model.norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
         self.lm_head = Linear(D, V, bias=False)
         self.mtp = nn.ModuleList(
-            mtp.MTPModule(Block(config, layer, **products), D, config.rms_norm_eps)
-            for layer in range(layers.stop, layers.stop + config.num_nextn_predict_layers)
+            mtp.MTPModule(self.Block(config, i, **products), D, config.rms_norm_eps)
+            for i in range(layers.stop, layers.stop + config.num_nextn_predict_layers)
         )
         for parameter in self.parameters():
             if parameter.dim() > 1:  # [1] §4.2: all but the norms, experts and router included
@@ -471,7 +475,7 @@ class DeepSeek(nn.Module):
         with_mtp=False; a config that tells of some where the files have none gets a notice.
         """
         folder = Path(folder)
-        config = read_config(folder)
+        config = read_config(folder, cls.Config)
         got, behind, shared = {}, {}, {}
         for file in weight_files(folder):
             try:
@@ -583,10 +587,10 @@ def save_whole(path: Path, write: Callable[[Path], object]) -> None:
         fresh.unlink(missing_ok=True)
 
 
-def read_config(folder: Path) -> DeepSeekConfig:
+def read_config(folder: Path, kind: type = DeepSeekConfig) -> DeepSeekConfig:
     path = folder / "config.json"
     try:
-        return DeepSeekConfig.from_dict(json.loads(path.read_text("utf-8")))
+        return kind.from_dict(json.loads(path.read_text("utf-8")))
     except (OSError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 

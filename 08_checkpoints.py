@@ -66,7 +66,9 @@ fp8 = import_module("04_fp8_gemm")  # quantize_blocks, quantize_tiles, dequantiz
 base = import_module("06_train")  # DeepSeek, DeepSeekConfig, released_tensors, save_whole
 
 # %% 1. The layout, name by name -------------------------------------------------------------
-QUANTIZED = regex.compile(r".*\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight")
+QUANTIZED = regex.compile(  # of V3.2's indexer (10) two of three
+    r".*\.(self_attn|mlp)\.((?!indexer).*_proj(_with_mqa)?|indexer\.(wq_b|wk))\.weight"
+)
 BLOCKS = {
     "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128],
     "activation_scheme": "dynamic",
@@ -236,7 +238,7 @@ class Shards:
             yield name, tensors.get_tensor(name)
 
 
-def read_config(folder: Path) -> "base.DeepSeekConfig":
+def read_config(folder: Path, kind: type = base.DeepSeekConfig) -> "base.DeepSeekConfig":
     """Of a released folder; a quantization_config must be DeepSeek's 128×128 blocks of E4M3."""
     path = folder / "config.json"
     try:
@@ -245,7 +247,7 @@ def read_config(folder: Path) -> "base.DeepSeekConfig":
         for key, want in BLOCKS.items():
             if scheme and scheme.get(key, want) != want:
                 raise ValueError(f"quantization_config: {key} {scheme[key]!r} is not {want!r}")
-        return base.DeepSeekConfig.from_dict(raw)
+        return kind.from_dict(raw)
     except (OSError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -280,7 +282,7 @@ def place_stored(model: "base.DeepSeek", coded: set[str]) -> None:
 
 def load_released(
     folder: str | Path, device="cpu", dtype: torch.dtype | None = None, keep_fp8: bool = False,
-    with_mtp: bool = True, progress: bool = False,
+    with_mtp: bool = True, progress: bool = False, model_class: type = base.DeepSeek,
 ) -> "base.DeepSeek":  # fmt: skip
     """V3, R1, V3.1, V2, V2-Lite, Moonlight, Kimi K2, or what `save_released` wrote, as 06's model.
 
@@ -289,11 +291,11 @@ def load_released(
     (and FP8's scales: 0.17 GB of V3's 641). dtype: of the weights; None: the file's, bf16 for FP8.
     keep_fp8: linear layers and experts, all but kv_b_proj, keep their codes and multiply in FP8: a
     byte a weight, for inference.
-    with_mtp: see `DeepSeek.from_pretrained`.
+    with_mtp: see `DeepSeek.from_pretrained`. model_class: chapter 10 has one for V3.2.
     ValueError: what does not fit, by name; a scale of another shape; a NaN or an infinity.
     """
     folder = Path(folder)
-    config, shards = read_config(folder), Shards(folder)
+    config, shards = read_config(folder, model_class.Config), Shards(folder)
     names, layers = set(shards.file), config.num_hidden_layers
     numbered = ((n, regex.match(r"model\.layers\.(\d+)\.", n)) for n in names)
     behind = {n for n, layer in numbered if layer and int(layer[1]) >= layers}
@@ -306,7 +308,7 @@ def load_released(
     check_types(folder, shards, names, coded, scales)
 
     with torch.device("meta"):
-        model = base.DeepSeek(config)
+        model = model_class(config)
         if keep_fp8:
             place_stored(model, coded)
     want = base.released_tensors(model)

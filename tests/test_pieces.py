@@ -18,7 +18,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-CHAPTERS = sorted(ROOT.glob("0[0-9]_*.py"))
+CHAPTERS = sorted(ROOT.glob("[0-9][0-9]_*.py"))
 TORCH = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional, "Tensor": torch.Tensor}
 HELPERS = {
     "check",
@@ -165,7 +165,7 @@ def repeated_helpers_are_identical(path: Path) -> list[str]:
     wrong, mine = [], definitions(path)
     copies = []  # (name, the file that has the original)
     for name in sorted(HELPERS & mine.keys()):
-        owners = [p for p in sorted(path.parent.glob("0[0-9]_*.py")) if name in definitions(p)]
+        owners = [p for p in sorted(path.parent.glob("[0-9][0-9]_*.py")) if name in definitions(p)]
         copies.append((name, owners[0]))
     first_lines = {
         min([node.lineno, *(d.lineno for d in node.decorator_list)]): name

@@ -1,0 +1,472 @@
+"""Chapter 10: the indexer and its attention against loops, 02's layer, transformers' V3.2."""
+
+import json
+import math
+from dataclasses import asdict, replace
+from importlib import import_module
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+chapter = import_module("10_sparse_attention")
+base, mla = chapter.base, chapter.mla
+released = import_module("08_checkpoints")
+TINY = chapter.SparseConfig(
+    vocab_size=320, hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
+    num_hidden_layers=3, first_k_dense_replace=1, num_attention_heads=4, q_lora_rank=24,
+    kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12, n_routed_experts=8,
+    num_experts_per_tok=2, n_group=2, topk_group=1, max_position_embeddings=256,
+    initializer_range=0.1, index_n_heads=16, index_head_dim=20, index_topk=7,
+)  # fmt: skip
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+
+
+def model_of(config=TINY, seed=0):
+    torch.manual_seed(seed)
+    model = chapter.SparseDeepSeek(config).eval()
+    for attention in model.attentions():  # gains and a bias that are not 1 and 0
+        torch.nn.init.normal_(attention.indexer.k_norm.weight, 1.0, 0.2)
+        torch.nn.init.normal_(attention.indexer.k_norm.bias, 0.0, 0.2)
+    return model
+
+
+def tokens_of(*shape, seed=1):
+    return torch.randint(TINY.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer_of(index_topk=6, dtype=torch.float64):
+    torch.manual_seed(0)
+    return chapter.make_layer(index_topk).to(dtype)
+
+
+# --- the layer -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("J, T, S", [(1, 1, 1), (3, 5, 9), (4, 1, 300), (2, 7, 0)])
+def test_scores_are_equation_1(J, T, S):
+    torch.manual_seed(0)
+    q, w, k = (torch.randn(2, *s, dtype=torch.float64) for s in ((J, T, 6), (T, J), (S, 6)))
+    got = chapter.index_scores(q, w, k)
+    assert got.shape == (2, T, S)
+    for row, args in zip(got, zip(q, w, k, strict=True), strict=True):
+        assert torch.allclose(row, chapter.scores_reference(*args), rtol=0, atol=1e-12)
+
+
+def test_scores_come_in_parts_of_the_queries(monkeypatch):
+    """Above 4M products at a time: three queries of 2²⁰ each would not fit beside one another."""
+    torch.manual_seed(0)
+    q, w, k = torch.randn(1, 64, 3, 2), torch.randn(1, 3, 64), torch.randn(1, 2**15, 2)
+    seen = []
+    real = torch.Tensor.relu
+    monkeypatch.setattr(torch.Tensor, "relu", lambda t: seen.append(t.shape) or real(t))
+    got = chapter.index_scores(q, w, k)
+    assert seen == [(1, 2**15, 128), (1, 2**15, 64)]
+    for t in range(3):
+        alone = chapter.index_scores(q[:, :, t : t + 1], w[:, t : t + 1], k)
+        assert torch.allclose(got[:, t : t + 1], alone, rtol=0, atol=1e-4)
+
+
+def test_scores_of_bf16_are_added_in_fp32():
+    """Rounded to 8 bits, 1,000 tokens would share a hundred scores, and ties would choose."""
+    torch.manual_seed(0)
+    q, w, k = torch.randn(1, 8, 1, 16), torch.randn(1, 1, 8), torch.randn(1, 1000, 16)
+    q, w, k = (t.bfloat16() for t in (q, w, k))
+    got = chapter.index_scores(q, w, k)
+    assert got.dtype == torch.float32 and len(got.unique()) > 900
+
+
+@pytest.mark.parametrize("gather", [False, True])
+def test_layer_is_equations_1_and_2(gather):
+    layer, x = layer_of(), torch.randn(2, 30, 32, dtype=torch.float64)
+    want = torch.stack([chapter.layer_reference(layer, row) for row in x])
+    with torch.no_grad():
+        assert torch.allclose(layer(x, gather=gather), want, rtol=0, atol=1e-12)
+
+
+def test_gathering_some_queries_at_a_time_is_the_same(monkeypatch):
+    layer, x = layer_of(), torch.randn(3, 30, 32, dtype=torch.float64)
+    with torch.no_grad():
+        want, sizes = layer(x, gather=False), []
+        real = layer.absorbed
+        monkeypatch.setattr(layer, "absorbed", lambda q, *a: sizes.append(len(q)) or real(q, *a))
+        monkeypatch.setattr(chapter, "GATHERED", 3 * 4 * 6 * (16 + 4))  # four queries' entries
+        assert torch.allclose(layer(x, gather=True), want, rtol=0, atol=1e-12)
+    assert sizes == [12] * 7 + [6]
+
+
+def test_what_is_not_chosen_is_not_read():
+    """A token without a place among the six can be anything, and as a key it scores lowest."""
+    layer, x = layer_of(), torch.randn(1, 30, 32, dtype=torch.float64)
+    with torch.no_grad():
+        cos, sin = layer.cos_sin(torch.arange(30), x.dtype)
+        scores = chapter.index_scores(*layer.indexer(x, layer.query_latent(x), cos, sin))[0, -1]
+        worst = scores.argmin()
+        cache = mla.LatentCache(1, 30, 16, 12, dtype=x.dtype)
+        layer(x[:, :29], cache)
+        want = layer(x[:, 29:], cache)
+        cache.truncate(29)
+        assert worst < 29
+        cache.entries[0, worst, :20] = 1e6
+        assert torch.equal(layer(x[:, 29:], cache), want)
+        cache.truncate(29)
+        cache.entries[0, scores.argmax(), :20] = 1e6
+        assert not torch.allclose(layer(x[:, 29:], cache), want)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_rows_of_unequal_length_and_drafts_that_are_taken_back(paged):
+    layer, x = layer_of(), torch.randn(2, 40, 32, dtype=torch.float64)
+    with torch.no_grad():
+        full = layer(x)
+        kind = mla.PagedLatentCache if paged else mla.LatentCache
+        cache = kind(2, 64, 16, 12, dtype=x.dtype)
+        layer(x[:, :25], cache)
+        cache.truncate([25, 11])
+        tails = torch.stack((x[0, 25:27], x[1, 11:13]))
+        layer(tails + 1, cache)  # a draft
+        cache.truncate([25, 11])
+        got = layer(tails, cache)
+        want = torch.stack((full[0, 25:27], full[1, 11:13]))
+        assert torch.allclose(got, want, rtol=0, atol=1e-12)
+
+
+def test_without_a_query_latent_the_indexer_reads_x():
+    torch.manual_seed(0)
+    layer, x = chapter.make_layer(6, q_lora_rank=None).double(), torch.randn(1, 30, 32).double()
+    assert layer.indexer.wq_b.in_features == 32
+    want = chapter.layer_reference(layer, x[0])
+    assert torch.allclose(layer(x)[0], want, rtol=0, atol=1e-12)
+    cache = mla.LatentCache(1, 30, 16, 12, dtype=x.dtype)
+    with torch.no_grad():
+        parts = [layer(part, cache) for part in x.split(1, 1)]
+    assert torch.allclose(torch.cat(parts, 1)[0], want, rtol=0, atol=1e-12)
+
+
+def test_enough_for_all_is_02s_layer():
+    layer, x = layer_of(index_topk=30), torch.randn(2, 30, 32, dtype=torch.float64)
+    dense = mla.MultiHeadLatentAttention(**chapter.SIZES).to(x)
+    dense.load_state_dict(layer.state_dict(), strict=False)
+    assert torch.allclose(layer(x), dense(x), rtol=0, atol=1e-12)
+    layer.index_topk = 29
+    assert not torch.allclose(layer(x), dense(x), rtol=0, atol=1e-6)
+    layer.dense = True
+    assert torch.allclose(layer(x), dense(x), rtol=0, atol=1e-12)
+
+
+def test_the_cheaper_form_is_taken():
+    """V3.2's sizes: at 4k, spelling out pays for long prompts; at 128k, gathering always does."""
+    with torch.device("meta"):
+        heads = {"num_attention_heads": 128, "kv_lora_rank": 512, "qk_nope_head_dim": 128}
+        heads |= {"qk_rope_head_dim": 64, "v_head_dim": 128}
+        layer = chapter.make_layer(2048, index_head_dim=64, **heads)
+    assert layer.gathering_pays(1, 4096) and layer.gathering_pays(131072, 131072)
+    assert not layer.gathering_pays(4096, 4096)
+    # a query: 2048 · 1088 gathered, 4096 · 320 read and its share of 4096 · 131072 spelled out
+    assert layer.gathering_pays(585, 4096) and not layer.gathering_pays(586, 4096)
+
+
+def test_impossible_indexers_are_named():
+    with pytest.raises(ValueError, match="index_head_dim 4 < qk_rope_head_dim 8"):
+        chapter.LightningIndexer(32, 24, 4, 4, 8)
+    with pytest.raises(ValueError, match="index_head_dim 4 < qk_rope_head_dim 8"):
+        replace(TINY, index_head_dim=4)
+    with pytest.raises(ValueError, match="index_topk must be an int >= 1, got 0"):
+        replace(TINY, index_topk=0)
+
+
+# --- learning --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_index_loss_by_loops_and_its_gradient(dense):
+    """Equations 3 and 4 from the layer's parts, one query at a time."""
+    layer, x = layer_of().train(), torch.randn(2, 12, 32, dtype=torch.float64)
+    layer.dense = dense
+    layer(x)
+    got = torch.autograd.grad(layer.index_loss, list(layer.indexer.parameters()))
+    (N, _), (L, _) = layer.q_split, layer.latent_split
+    cos, sin = layer.cos_sin(torch.arange(12), x.dtype)
+    c = layer.query_latent(x).detach()
+    (q_nope, q_rope), (latent, k_rope) = layer.queries(c, cos, sin), layer.latents(x, cos, sin)
+    scores = chapter.index_scores(*layer.indexer(x, c, cos, sin))
+    k_nope = torch.einsum("hnl,bsl->bhsn", layer.kv_b_proj.weight.view(4, -1, L)[:, :N], latent)
+    total = 0.0
+    for b in range(2):
+        for t in range(12):
+            order = scores[b, t, : t + 1].argsort(descending=True)
+            best = order if dense else order[:6]
+            p = 0.0
+            for h in range(4):
+                logits = k_nope[b, h, best] @ q_nope[b, h, t] + k_rope[b, best] @ q_rope[b, h, t]
+                p = p + (layer.scale * logits).softmax(0).detach()
+            p = p / p.sum()
+            total = total + F.kl_div(scores[b, t, best].log_softmax(0), p, reduction="sum")
+    want = total / 24
+    assert torch.allclose(layer.index_loss, want, rtol=0, atol=1e-12)
+    for ours, theirs in zip(
+        got, torch.autograd.grad(want, list(layer.indexer.parameters())), strict=True
+    ):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-12) and ours.any()
+
+
+def test_index_loss_is_left_by_training_alone():
+    layer, x = layer_of(dtype=torch.float32), torch.randn(1, 12, 32)
+    for mode, gradients, cache, left in (
+        (True, True, None, True), (False, True, None, False), (True, False, None, False),
+        (True, True, mla.LatentCache(1, 12, 16, 12), False),
+    ):  # fmt: skip
+        layer.train(mode)
+        with torch.set_grad_enabled(gradients):
+            layer(x, cache)
+        assert (layer.index_loss is not None) == left, (mode, gradients)
+
+
+def test_gradients_of_the_choice_are_those_of_the_mask():
+    """The output's gradient through the chosen entries, by finite differences."""
+    layer = layer_of()
+    x = torch.randn(1, 9, 32, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,), eps=1e-6, atol=1e-6)
+
+
+def test_the_two_stages_move_what_they_should():
+    model = model_of().train()
+    rows = tokens_of(2, 33)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+
+    def step():
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+        loss = model.loss(rows[:, :-1], rows[:, 1:]) + model.index_loss()
+        loss.backward()
+        optimizer.step()
+        model.zero_grad()
+        return {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+
+    model.warm_up()
+    dense = base.DeepSeek(base_config()).eval()
+    dense.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(rows), dense(rows), atol=1e-5)
+    model.train()
+    assert step() == {n for n in before if ".indexer." in n}
+    model.warm_up(False)
+    moved = step()
+    assert {n for n in before if ".indexer." not in n and "layernorm" not in n} - moved == set()
+
+
+def test_warm_up_teaches_the_indexer():
+    """200 steps on one batch bring eq. 3 to a third; a reversed sign would drive it up."""
+    layer, x = layer_of(dtype=torch.float32).train(), torch.randn(4, 24, 32)
+    layer.dense = True
+    with torch.no_grad():
+        layer.scale = 2.0  # attention with something to say
+    optimizer = torch.optim.AdamW(layer.indexer.parameters(), 1e-2)
+    losses = []
+    for _ in range(200):
+        layer(x)
+        layer.index_loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(layer.index_loss.item())
+    assert losses[-1] < losses[0] / 3, (losses[0], losses[-1])
+
+
+# --- the model -------------------------------------------------------------------------------
+
+
+def base_config(config=TINY):
+    sizes = {k: v for k, v in asdict(config).items() if not k.startswith("index_")}
+    return base.DeepSeekConfig(**sizes)
+
+
+def theirs_of(folder, **how):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **how).eval()
+
+
+@pytest.mark.parametrize("scaling", [None, YARN], ids=["rope", "yarn"])
+def test_logits_and_gradients_are_transformers(scaling, tmp_path):
+    model = model_of(replace(TINY, rope_scaling=scaling))
+    model.save_pretrained(tmp_path)
+    theirs = theirs_of(tmp_path, attn_implementation="eager")
+    assert type(theirs).__name__ == "DeepseekV32ForCausalLM"
+    tokens = tokens_of(2, 60)
+    got, want = model(tokens), theirs(tokens).logits
+    assert (got - want).abs().max() <= 1e-4
+    upstream = torch.randn_like(got)
+    ours = dict(base.released_tensors(model))
+    (got * upstream).sum().backward()
+    (want * upstream).sum().backward()
+    for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"):
+        mine = model.model.layers[1].self_attn.get_submodule(name).weight.grad
+        other = theirs.model.layers[1].self_attn.get_submodule(name).weight.grad
+        assert (mine - other).abs().max() <= 1e-4 * (1 + other.abs().max()), name
+    assert any("indexer.wq_b" in name for name in ours)
+
+
+def test_their_checkpoint_is_ours(tmp_path):
+    config = transformers.DeepseekV32Config(**{
+        k: v for k, v in asdict(TINY).items() if k not in ("rope_interleave", "rope_theta")
+    } | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}})  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.DeepseekV32ForCausalLM(config).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(tmp_path)
+    tokens = tokens_of(2, 60)
+    for ours in (
+        chapter.SparseDeepSeek.from_pretrained(tmp_path),
+        released.load_released(tmp_path, model_class=chapter.SparseDeepSeek),
+    ):
+        with torch.no_grad():
+            assert (ours(tokens) - theirs(tokens).logits).abs().max() <= 1e-4
+
+
+def test_cached_decoding_is_transformers(tmp_path):
+    model = model_of()
+    model.save_pretrained(tmp_path)
+    theirs, prompt = theirs_of(tmp_path), tokens_of(1, 20)
+    want = theirs.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)[0, 20:]
+    assert model.generate(prompt.tolist(), 12) == [want.tolist()]
+
+
+def test_drafts_and_unequal_prompts_write_the_same():
+    model = model_of(replace(TINY, num_nextn_predict_layers=1))
+    prompts = [tokens_of(n, seed=n).tolist() for n in (3, 20, 11)]
+    plain = [model.generate([prompt], 12)[0] for prompt in prompts]
+    assert model.generate(prompts, 12) == plain
+    assert model.generate(prompts, 12, speculative=True) == plain
+
+
+def test_released_files_in_fp8_and_back(tmp_path):
+    """wq_b and wk in blocks, weights_proj and k_norm not: as V3.2's own files."""
+    model = model_of(replace(TINY, num_nextn_predict_layers=1, moe_intermediate_size=128))
+    released.save_released(model, tmp_path / "out", in_fp8=True)
+    shards = released.Shards(tmp_path / "out")
+    for layer in range(4):
+        kinds = {
+            name.rsplit("indexer.")[1]: kind
+            for name, kind in shards.kind.items()
+            if name.startswith(f"model.layers.{layer}.self_attn.indexer.")
+        }
+        assert kinds == {
+            "wq_b.weight": "F8_E4M3", "wq_b.weight_scale_inv": "F32", "wk.weight": "F8_E4M3",
+            "wk.weight_scale_inv": "F32", "k_norm.weight": "F32", "k_norm.bias": "F32",
+            "weights_proj.weight": "F32",
+        }  # fmt: skip
+    load = lambda **how: released.load_released(
+        tmp_path / "out", model_class=chapter.SparseDeepSeek, **how
+    )
+    wide, kept = load(dtype=torch.float32), load(keep_fp8=True).float()
+    assert type(wide) is chapter.SparseDeepSeek and wide.config == model.config
+    c = torch.randn(5, 24)
+    for ours, theirs in ((m.attentions()[1].indexer.wq_b, model.attentions()[1].indexer.wq_b)
+                         for m in (wide, kept)):  # fmt: skip
+        error = (ours(c) - theirs(c)).norm() / theirs(c).norm()
+        assert error < 0.05, error  # E4M3 keeps 4 bits of a number
+    assert isinstance(kept.attentions()[1].indexer.wk, released.StoredLinear)
+    assert kept.generate([[1, 2, 3] * 5], 3)
+    with pytest.raises(ValueError, match="model_type 'deepseek_v32'"):
+        released.load_released(tmp_path / "out")
+
+
+V32_JSON = {
+    "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32",
+    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0, "eos_token_id": 1,
+    "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168,
+    "index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048, "initializer_range": 0.02,
+    "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840,
+    "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256,
+    "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128,
+    "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_theta": 10000,
+    "rope_scaling": {
+        "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096, "type": "yarn",
+    },
+    "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": False,
+    "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "use_cache": True,
+    "v_head_dim": 128, "vocab_size": 129280,
+}  # fmt: skip
+
+
+def test_the_released_config_builds_v32():
+    config = chapter.SparseConfig.from_dict(V32_JSON)
+    assert (config.index_n_heads, config.index_head_dim, config.index_topk) == (64, 128, 2048)
+    assert chapter.SparseConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with torch.device("meta"):
+        model = chapter.SparseDeepSeek(config)
+    count = lambda m: sum(t.numel() for t in m.state_dict().values())
+    indexer = 1536 * 8192 + 7168 * 128 + 2 * 128 + 7168 * 64
+    assert count(model) - count(model.mtp) == 671_026_419_200 + 61 * indexer
+    assert model_of().new_caches(1, 1)[0].entries.numel() == 32 + 8 + 20  # V3.2: 512 + 64 + 128
+
+
+def test_configs_of_other_models_are_refused():
+    with pytest.raises(ValueError, match="model_type 'deepseek_v3': want 'deepseek_v32'"):
+        chapter.SparseConfig.from_dict(V32_JSON | {"model_type": "deepseek_v3"})
+    with pytest.raises(ValueError, match="attention_bias"):
+        chapter.SparseConfig.from_dict(V32_JSON | {"attention_bias": True})
+    with pytest.raises(ValueError, match="deepseek_v32"):
+        base.DeepSeekConfig.from_dict(V32_JSON)
+
+
+def test_a_dense_model_becomes_sparse():
+    torch.manual_seed(0)
+    dense, tokens = base.DeepSeek(base_config()).eval(), tokens_of(2, 30)
+    sparse = chapter.SparseDeepSeek.from_dense(dense, 8, 16, index_topk=30).eval()
+    with torch.no_grad():
+        assert torch.allclose(sparse(tokens), dense(tokens), atol=1e-5)
+        few = chapter.SparseDeepSeek.from_dense(dense, 8, 16, index_topk=4).eval()
+        assert not torch.allclose(few(tokens), dense(tokens), atol=1e-3)
+        assert torch.allclose(few(tokens)[:, :4], dense(tokens)[:, :4], atol=1e-5)
+
+
+def test_bf16_reads_the_same_tokens_in_both_forms():
+    layer = layer_of(dtype=torch.bfloat16)
+    x = torch.randn(2, 40, 32).bfloat16()
+    with torch.no_grad():
+        masked, gathered = layer(x, gather=False), layer(x, gather=True)
+    error = (masked - gathered).float().norm() / masked.float().norm()
+    assert gathered.dtype == torch.bfloat16 and error < 0.02, error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_caches_are_as_wide_as_the_weights(dtype):
+    caches = model_of().to(dtype).new_caches(2, 9, layers=2)
+    assert [(c.entries.dtype, c.entries.shape[1:]) for c in caches] == [(dtype, (9, 60))] * 2
+
+
+# --- what the chapter claims -----------------------------------------------------------------
+
+
+def test_a_batch_asks_what_it_told():
+    reader = chapter.Reader(16)
+    keys, values, want = reader.batch(5)
+    assert keys.shape == values.shape == (5, 320) and want.shape == (5, 64)
+    for row in range(5):
+        told = dict(zip(keys[row, :256].tolist(), values[row, :256].tolist(), strict=True))
+        assert len(told) == 256 and set(values[row, 256:].tolist()) == {16}
+        assert [told[k] for k in keys[row, 256:].tolist()] == want[row].tolist()
+
+
+def test_numbers_of_the_docstring():
+    dense = 131072 * 128 * (2 * 512 + 64)
+    sparse = 131072 * 64 * 128 + 2048 * 128 * (2 * 512 + 64)
+    assert math.isclose(dense, 18.3e9, rel_tol=0.005) and math.isclose(sparse, 1.4e9, rel_tol=0.04)
+    assert 64 * 128 == 8192 and 128 * (2 * 512 + 64) == 139264
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_on_a_gpu(dtype):
+    """A token at a time, by 02's kernels, beside the mask over all."""
+    layer, x = layer_of(dtype=dtype).cuda(), torch.randn(2, 60, 32).to("cuda", dtype)
+    with torch.no_grad():
+        cache = mla.LatentCache(2, 60, 16, 12, x.device, dtype)
+        got = torch.cat([layer(token, cache, gather=True) for token in x.split(1, 1)], 1)
+        want = layer(x, gather=False)
+    error = (got - want).float().norm() / want.float().norm()
+    assert error <= (1e-4 if dtype == torch.float32 else 0.05), error
