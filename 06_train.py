@@ -166,7 +166,8 @@ class DeepSeekConfig:
         raw = dict(raw)
         kind = raw.get("model_type", "deepseek_v3")
         if kind not in ("deepseek_v3", "deepseek_v2", "kimi_k2"):  # Kimi K2 is a V3 by its sizes
-            raise ValueError(f"model_type {kind!r}: want deepseek_v3, deepseek_v2 or kimi_k2")
+            want = "deepseek_v3, deepseek_v2 or kimi_k2; chapter 10 has deepseek_v32"
+            raise ValueError(f"model_type {kind!r}: want {want}")
         for key, ours in BUILT.items():
             if raw.get(key, ours) != ours:
                 raise ValueError(f"{key} = {raw[key]!r} is not built here, only {ours!r}")
@@ -236,13 +237,11 @@ class Block(nn.Module):
     linear, grouped_gemm: stand-ins for nn.Linear and for 03's, in another precision.
     """
 
-    attention = mla.MultiHeadLatentAttention  # chapter 10 has another
-
     def __init__(self, config: DeepSeekConfig, layer: int, linear=Linear, grouped_gemm=None):
         super().__init__()
         c = config
         self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        self.self_attn = self.attention(
+        self.self_attn = self.attention(c)(
             c.hidden_size, c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim,
             c.qk_rope_head_dim, c.v_head_dim, c.q_lora_rank, c.rope_theta, c.rope_scaling,
             c.rope_interleave, linear=linear, attention=cpu_or_gpu_attention,
@@ -258,6 +257,10 @@ class Block(nn.Module):
                 norm_topk_prob=c.norm_topk_prob, routed_scaling_factor=c.routed_scaling_factor,
                 linear=linear, grouped_gemm=grouped_gemm,
             )  # fmt: skip
+
+    @staticmethod
+    def attention(config: DeepSeekConfig) -> Callable:
+        return mla.MultiHeadLatentAttention  # chapter 10 has another
 
     def forward(self, x: Tensor, cache=None) -> Tensor:
         x = x + self.self_attn(narrow(self.input_layernorm(x)), cache)

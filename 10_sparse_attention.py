@@ -93,7 +93,7 @@ def layer_reference(layer: "SparseLatentAttention", x: Tensor) -> Tensor:
 
 # %% 2. The pieces ---------------------------------------------------------------------------
 
-GATHERED = 2**25  # numbers that queries gather at a time
+AT_A_TIME = 2**25  # numbers that are gathered and scored
 
 
 class LightningIndexer(nn.Module):
@@ -172,15 +172,21 @@ class SparseLatentAttention(mla.MultiHeadLatentAttention):
     """02's layer, reading only the `index_topk` tokens that its indexer scores highest.
 
     x: (B, T, C) -> (B, T, C); a cache of 02, contiguous or paged, with room for R + E behind the
-    latent. A few queries on a long cache gather their entries and read these, absorbed; many on a
-    short one read all of it under a mask: the same numbers, and the work of a dense layer.
+    latent. Its sizes are those of 02, and by name the indexer's. A few queries on a long cache
+    gather their entries and read these, absorbed; many on a short one read all of it under a mask:
+    the same numbers, and the work of a dense layer.
     dense=True reads everything, as while the indexer warms up. In training a forward without a
     cache leaves `index_loss`, eq. 3 if dense, else eq. 4, for the trainer to add; else it is None.
     """
 
-    indexer: LightningIndexer
-    index_topk: int
-    dense, index_loss = False, None
+    def __init__(
+        self, hidden_size: int, *sizes, index_n_heads: int, index_head_dim: int, index_topk: int,
+        linear=nn.Linear, **named,
+    ):  # fmt: skip
+        super().__init__(hidden_size, *sizes, linear=linear, **named)
+        index = index_n_heads, index_head_dim, self.latent_split[1]
+        self.indexer = LightningIndexer(hidden_size, self.q_lora_rank, *index, linear)
+        self.index_topk, self.dense, self.index_loss = index_topk, False, None
 
     def forward(
         self, x: Tensor, cache: "mla.LatentCache | None" = None, gather: bool | None = None
@@ -200,20 +206,21 @@ class SparseLatentAttention(mla.MultiHeadLatentAttention):
             if cache.pages is not None:
                 entries = mla.unpaged(entries, cache.pages, lengths, cache.used)[:, : cache.used]
         entries, k = entries.split((L + R, k.shape[-1]), -1)  # (B, S, L + R), (B, S, E)
-        seen = mla.visible(lengths, T, entries.shape[1])[:, 0]  # (B, T, S)
+        S, everything = entries.shape[1], self.dense or entries.shape[1] <= self.index_topk
         training, self.index_loss = self.training and learning and cache is None, None
-        all_of_it, S = self.dense or entries.shape[1] <= self.index_topk, entries.shape[1]
-        scores = None if all_of_it and not training else index_scores(q, w, k)  # (B, T, S)
         if gather is None:
             gather = not learning and self.gathering_pays(T, S)
-        if gather and not all_of_it:
-            out = self.read_gathered(q_nope, q_rope, entries, scores, seen)
+        if everything and not training:
+            out = self.read_all(q_nope, q_rope, entries, lengths)
+        elif gather and not training:
+            out = self.read_gathered(q_nope, q_rope, entries, (q, w, k), lengths)
         else:
-            chosen = seen if all_of_it else highest(scores, seen, self.index_topk)
+            seen, scores = mla.visible(lengths, T, S)[:, 0], index_scores(q, w, k)  # (B, T, S)
+            chosen = seen if everything else highest(scores, seen, self.index_topk)
             out = self.read(q_nope, q_rope, entries, chosen)
-        if training:
-            attended = self.attended(q_nope, q_rope, entries, chosen)
-            self.index_loss = index_divergence(attended, scores, chosen)
+            if training:
+                attended = self.attended(q_nope, q_rope, entries, chosen)
+                self.index_loss = index_divergence(attended, scores, chosen)
         return self.o_proj(out.flatten(2))
 
     def gathering_pays(self, T: int, S: int) -> bool:
@@ -221,28 +228,41 @@ class SparseLatentAttention(mla.MultiHeadLatentAttention):
         (L, R), (N, V) = self.latent_split, self.kv_split
         return T * self.index_topk * (2 * L + R) < S * (L * (N + V) + T * (N + R + V))
 
-    def read(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, mask: Tensor) -> Tensor:
-        """All entries (B, S, L + R), spelled out, where mask (B, T, S) allows -> (B, T, H, V)."""
+    def read(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, mask: Tensor | None) -> Tensor:
+        """Entries (B, S, L + R), spelled out, where mask (B, T, S) allows -> (B, T, H, V)."""
         latent, k_rope = entries.to(q_nope.dtype).split(self.latent_split, -1)
-        return self.explicit(q_nope, q_rope, latent, k_rope, mask[:, None]).transpose(1, 2)
+        mask = None if mask is None else mask[:, None]
+        return self.explicit(q_nope, q_rope, latent, k_rope, mask).transpose(1, 2)
+
+    def read_all(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, lengths: Tensor) -> Tensor:
+        """As 02 does: absorbed for a few queries behind others -> (B, T, H, V)."""
+        T, S = q_nope.shape[2], entries.shape[1]
+        if S > T and T < self.absorb_below:
+            return self.absorbed(q_nope, q_rope, entries, lengths).transpose(1, 2)
+        mask = mla.visible(lengths, T, S)[:, 0] if S > T else None
+        return self.read(q_nope, q_rope, entries, mask)
 
     def read_gathered(
-        self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, scores: Tensor, seen: Tensor
+        self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, index: tuple, lengths: Tensor
     ) -> Tensor:
         """The K entries that each query scores highest, as a cache of its own -> (B, T, H, V).
 
-        Some queries at a time: what one gathers is K times as large as its own entry.
+        index: what the indexer gave. Some queries at a time: each gathers K entries and scores S.
         """
-        B, S, width = entries.shape
+        (B, S, width), T, (q, w, k) = entries.shape, q_nope.shape[2], index
         K = min(self.index_topk, S)
-        rows, out = max(1, GATHERED // (B * K * width)), []
-        parts = (q_nope, 2), (q_rope, 2), (scores, 1), (seen, 1)
-        for nope, rope, score, see in zip(*(p.split(rows, axis) for p, axis in parts), strict=True):
-            best = score.masked_fill(~see, -math.inf).topk(K).indices.flatten(1)  # (B, t·K)
+        rows, out = max(1, AT_A_TIME // (B * (K * width + S))), []
+        ends = lengths[:, None] - T + torch.arange(1, T + 1, device=lengths.device)  # (B, T)
+        parts = (q_nope, 2), (q_rope, 2), (q, 2), (w, 1), (ends, 1)
+        for nope, rope, q_rows, w_rows, end in zip(
+            *(part.split(rows, axis) for part, axis in parts), strict=True
+        ):
+            unseen = torch.arange(S, device=end.device) >= end[..., None]  # (B, t, S)
+            scores = index_scores(q_rows, w_rows, k).masked_fill(unseen, -math.inf)
+            best = scores.topk(K).indices.flatten(1)  # (B, t·K), of each query the unseen last
             own = entries.gather(1, best[..., None].expand(-1, -1, width)).view(-1, K, width)
-            lengths = see.sum(-1).clamp(max=K).flatten()  # (B·t,): the unseen are behind the seen
-            q = (part.transpose(1, 2).flatten(0, 1)[:, :, None] for part in (nope, rope))
-            o = self.absorbed(*q, own, lengths)  # (B·t, H, 1, V)
+            each = (part.transpose(1, 2).flatten(0, 1)[:, :, None] for part in (nope, rope))
+            o = self.absorbed(*each, own, end.clamp(max=K).flatten())  # (B·t, H, 1, V)
             out.append(o[:, :, 0].unflatten(0, (B, -1)))
         return torch.cat(out, 1)
 
@@ -250,11 +270,9 @@ class SparseLatentAttention(mla.MultiHeadLatentAttention):
     def attended(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, mask: Tensor) -> Tensor:
         """[1] eq. 3's p: softmax weights within mask, averaged over the heads: (B, T, S)."""
         latent, k_rope = entries.split(self.latent_split, -1)
-        w_uk = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))[
-            :, : self.q_split[0]
-        ]  # (H, N, L)
-        total = 0.0
-        for h, up in enumerate(w_uk.to(q_nope.dtype)):  # a head at a time, as (T, S) is large
+        heads, total = self.kv_b_proj.weight.to(q_nope.dtype).chunk(self.heads), 0.0
+        for h, matrices in enumerate(heads):  # a head at a time: (T, S) is large
+            up = matrices[: self.q_split[0]]  # (N, L)
             logits = q_nope[:, h] @ (latent @ up.T).mT + q_rope[:, h] @ k_rope.mT
             hidden = (self.scale * logits).masked_fill(~mask, -math.inf)
             total = total + hidden.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
@@ -294,16 +312,10 @@ class SparseConfig(base.DeepSeekConfig):
 
 
 class SparseBlock(base.Block):
-    attention = SparseLatentAttention
-
-    def __init__(self, config: SparseConfig, layer: int, linear=base.Linear, grouped_gemm=None):
-        super().__init__(config, layer, linear, grouped_gemm)
-        c = config
-        self.self_attn.index_topk = c.index_topk
-        self.self_attn.indexer = LightningIndexer(
-            c.hidden_size, c.q_lora_rank, c.index_n_heads, c.index_head_dim, c.qk_rope_head_dim,
-            linear,
-        )  # fmt: skip
+    @staticmethod
+    def attention(config: SparseConfig) -> Callable:
+        sizes = {key: getattr(config, key) for key in SparseConfig.__annotations__}
+        return partial(SparseLatentAttention, **sizes)
 
 
 class SparseDeepSeek(base.DeepSeek):
@@ -319,14 +331,11 @@ class SparseDeepSeek(base.DeepSeek):
         cls, model: base.DeepSeek, index_n_heads: int, index_head_dim: int, index_topk: int
     ) -> "SparseDeepSeek":
         """A copy of a V3, as V3.2 began: its weights, and indexers that have learnt nothing."""
-        sizes = vars(model.config) | {
-            "index_n_heads": index_n_heads,
-            "index_head_dim": index_head_dim,
-            "index_topk": index_topk,
-        }
-        sparse = cls(SparseConfig(**sizes), model.precision).to(model.lm_head.weight)
-        missing, _ = sparse.load_state_dict(model.state_dict(), strict=False)
-        assert all(".indexer." in name for name in missing), missing
+        index = {"index_n_heads": index_n_heads, "index_head_dim": index_head_dim}
+        config = SparseConfig(**vars(model.config), **index, index_topk=index_topk)
+        sparse = cls(config, model.precision).to(model.lm_head.weight)
+        own = {n: t for n, t in sparse.state_dict().items() if ".indexer." in n}
+        sparse.load_state_dict(own | model.state_dict())
         return sparse
 
     def new_caches(self, batch: int, max_tokens: int, layers: int | None = None) -> list:
@@ -356,7 +365,7 @@ class SparseDeepSeek(base.DeepSeek):
 # %% 4. Is it right? -------------------------------------------------------------------------
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16}
 SIZES |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
-INDEX = {"index_n_heads": 16, "index_head_dim": 8}
+INDEX = {"index_n_heads": 16, "index_head_dim": 8, "index_topk": 6}
 EXACT = 1e-12  # float64: sums of about 100 terms of size 1, each off by 1e-16
 
 
@@ -380,20 +389,10 @@ def measure(name: str, value: float, text: str = "") -> None:
     print(f"measure  {name:<44} {value:.5g} {text}".rstrip())
 
 
-def make_layer(index_topk: int, **sizes) -> SparseLatentAttention:
-    """A layer of the sizes above; as a block of SparseDeepSeek builds one."""
-    s = SIZES | INDEX | sizes
-    index = {key: s.pop(key) for key in INDEX}
-    layer = SparseLatentAttention(**s)
-    shared = s["hidden_size"], s["q_lora_rank"], *index.values(), s["qk_rope_head_dim"]
-    layer.indexer, layer.index_topk = LightningIndexer(*shared), index_topk
-    return layer
-
-
 def verify_layer(device: torch.device) -> None:
     """Against the equations, against 02's layer where K is enough for all, and through a cache."""
     x = torch.randn(2, 40, 32, dtype=torch.float64)
-    layer = make_layer(index_topk=6).to(x.dtype)
+    layer = SparseLatentAttention(**SIZES, **INDEX).to(x.dtype)
     q, w, k = torch.randn(3, 9, 5), torch.randn(9, 3), torch.randn(7, 5)
     got = index_scores(*(part[None].double() for part in (q, w, k)))[0]
     check("scores = eq. 1", got, scores_reference(q.double(), w.double(), k.double()), EXACT)
@@ -404,11 +403,9 @@ def verify_layer(device: torch.device) -> None:
         check("gathered = masked", layer(x, gather=True), layer(x, gather=False), EXACT)
         for split in 3, 20, 39:
             cache = mla.LatentCache(2, 40, 16, 4 + 8, device, x.dtype)
-            parts = [
-                layer(x[:, :split], cache),
-                *(layer(t, cache) for t in x[:, split:].split(1, 1)),
-            ]
-            check(f"prefill of {split}, then decode = full", torch.cat(parts, 1), layer(x), EXACT)
+            parts = x.split((split, *[1] * (40 - split)), 1)
+            got = torch.cat([layer(part, cache) for part in parts], 1)
+            check(f"prefill of {split}, then decode = full", got, layer(x), EXACT)
     dense = mla.MultiHeadLatentAttention(**SIZES).to(x)
     dense.load_state_dict(layer.state_dict(), strict=False)
     layer.index_topk = 40
@@ -421,7 +418,7 @@ def verify_learning(device: torch.device) -> None:
     by_hand = 0.5 * math.log(1.5) + 0.5 * math.log(0.75)  # against a third each
     kl = index_divergence(p, scores, torch.tensor([[[True, True, True, False]]]))
     check("eq. 3, by hand", kl, torch.tensor(by_hand), 1e-6)
-    layer = make_layer(index_topk=6).to(device).train()
+    layer = SparseLatentAttention(**SIZES, **INDEX).to(device).train()
     out = layer(torch.randn(2, 40, 32, device=device))
     indexer = list(layer.indexer.parameters())
     others = [p for p in layer.parameters() if not any(p is own for own in indexer)]
@@ -430,14 +427,12 @@ def verify_learning(device: torch.device) -> None:
         grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         return torch.tensor([float(g is not None and bool(g.any())) for g in grads])
 
-    none, all_of = torch.zeros, torch.ones
-    for loss, mine, theirs in (
-        (out.square().sum(), others, indexer),
-        (layer.index_loss, indexer, others),
+    for name, loss, mine, theirs in (
+        ("the output's", out.square().sum(), others, indexer),
+        ("the index loss's", layer.index_loss, indexer, others),
     ):
-        name = "the output's" if mine is others else "the index loss's"
-        check(f"{name} gradient reaches its own", reached(loss, mine), all_of(len(mine)), 0)
-        check(f"{name} gradient reaches no other", reached(loss, theirs), none(len(theirs)), 0)
+        check(f"{name} gradient reaches its own", reached(loss, mine), torch.ones(len(mine)), 0)
+        check(f"{name} gradient: no other", reached(loss, theirs), torch.zeros(len(theirs)), 0)
 
 
 # %% 5. What does it buy? --------------------------------------------------------------------
@@ -456,7 +451,8 @@ class Reader(nn.Module):
         sizes |= {"qk_nope_head_dim": 32, "qk_rope_head_dim": 8, "v_head_dim": 32}
         self.key, self.value = nn.Embedding(self.KEYS, 64), nn.Embedding(self.VALUES + 1, 64)
         self.norm, self.out = nn.RMSNorm(64, eps=1e-6), nn.RMSNorm(64, eps=1e-6)
-        self.attention = make_layer(index_topk, index_n_heads=4, index_head_dim=16, **sizes)
+        sizes |= {"index_n_heads": 4, "index_head_dim": 16, "index_topk": index_topk}
+        self.attention = SparseLatentAttention(**sizes)
         self.head = nn.Linear(64, self.VALUES, bias=False)
 
     def forward(self, keys: Tensor, values: Tensor) -> Tensor:
@@ -568,17 +564,19 @@ def decode(device: torch.device, contexts: list[int], rounds: int) -> dict[str, 
     what comes between the projections of x, absorption included."""
     heads = {"num_attention_heads": 128, "kv_lora_rank": 512, "qk_nope_head_dim": 128}
     heads |= {"qk_rope_head_dim": 64, "v_head_dim": 128, "index_n_heads": 64, "index_head_dim": 128}
-    layer = make_layer(2048, hidden_size=64, q_lora_rank=64, **heads).to(device, torch.bfloat16)
+    layer = SparseLatentAttention(64, q_lora_rank=64, index_topk=2048, **heads)
+    layer = layer.to(device, torch.bfloat16)
     make = partial(torch.randn, device=device, dtype=torch.bfloat16)
     q, index_q, w = (make(1, 128, 1, n) for n in (128, 64)), make(1, 64, 1, 128), make(1, 1, 64)
     q_nope, q_rope = q
     found: dict[str, list[float]] = {"V3": [], "V3.2": [], "of that, index scores": []}
     for S in contexts:
         entries, k = make(1, S, 576 + 128).split((576, 128), -1)
-        whole, seen = entries.contiguous(), torch.ones(1, 1, S, dtype=torch.bool, device=device)
+        whole, lengths = entries.contiguous(), torch.tensor([S], device=device)
         score = partial(index_scores, index_q, w, k)
         dense = partial(layer.absorbed, q_nope, q_rope, whole)
-        sparse = lambda e=entries, s=seen, f=score: layer.read_gathered(q_nope, q_rope, e, f(), s)
+        index = index_q, w, k
+        sparse = partial(layer.read_gathered, q_nope, q_rope, entries, index, lengths)
         tasks = {"V3": dense, "V3.2": sparse, "of that, index scores": score}
         ms = race(tasks, device, rounds)
         for name, value in ms.items():

@@ -37,9 +37,10 @@ def tokens_of(*shape, seed=1):
     return torch.randint(TINY.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def layer_of(index_topk=6, dtype=torch.float64):
+def layer_of(index_topk=6, dtype=torch.float64, **sizes):
     torch.manual_seed(0)
-    return chapter.make_layer(index_topk).to(dtype)
+    sizes = chapter.SIZES | chapter.INDEX | {"index_topk": index_topk} | sizes
+    return chapter.SparseLatentAttention(**sizes).to(dtype)
 
 
 # --- the layer -------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ def test_gathering_some_queries_at_a_time_is_the_same(monkeypatch):
         want, sizes = layer(x, gather=False), []
         real = layer.absorbed
         monkeypatch.setattr(layer, "absorbed", lambda q, *a: sizes.append(len(q)) or real(q, *a))
-        monkeypatch.setattr(chapter, "GATHERED", 3 * 4 * 6 * (16 + 4))  # four queries' entries
+        monkeypatch.setattr(chapter, "AT_A_TIME", 3 * 4 * (6 * (16 + 4) + 30))  # four queries
         assert torch.allclose(layer(x, gather=True), want, rtol=0, atol=1e-12)
     assert sizes == [12] * 7 + [6]
 
@@ -134,8 +135,7 @@ def test_rows_of_unequal_length_and_drafts_that_are_taken_back(paged):
 
 
 def test_without_a_query_latent_the_indexer_reads_x():
-    torch.manual_seed(0)
-    layer, x = chapter.make_layer(6, q_lora_rank=None).double(), torch.randn(1, 30, 32).double()
+    layer, x = layer_of(q_lora_rank=None), torch.randn(1, 30, 32, dtype=torch.float64)
     assert layer.indexer.wq_b.in_features == 32
     want = chapter.layer_reference(layer, x[0])
     assert torch.allclose(layer(x)[0], want, rtol=0, atol=1e-12)
@@ -156,12 +156,42 @@ def test_enough_for_all_is_02s_layer():
     assert torch.allclose(layer(x), dense(x), rtol=0, atol=1e-12)
 
 
+def test_short_caches_are_decoded_absorbed(monkeypatch):
+    """While K is enough for all, a token costs what it costs in 02: nothing is spelled out."""
+    layer, x = layer_of(index_topk=64), torch.randn(2, 30, 32, dtype=torch.float64)
+    with torch.no_grad():
+        want, cache = layer(x), mla.LatentCache(2, 30, 16, 12, dtype=x.dtype)
+        layer(x[:, :20], cache)
+        monkeypatch.setattr(layer, "explicit", None)
+        got = torch.cat([layer(part, cache) for part in x[:, 20:].split(2, 1)], 1)
+    assert torch.allclose(got, want[:, 20:], rtol=0, atol=1e-12)
+
+
+def test_a_long_prompt_takes_no_square_of_memory():
+    """4,096 queries of 4,096 slots: no tensor of T · S numbers, be it scores or mask."""
+    layer = layer_of(16, torch.float32, index_n_heads=1).eval()
+    largest = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor):
+                largest.append(made.untyped_storage().nbytes() // made.element_size())
+            return made
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(chapter, "AT_A_TIME", 2**20)
+        with Watch():
+            layer(torch.randn(1, 4096, 32), gather=True)
+    assert max(largest) < 4096 * 4096 / 4
+
+
 def test_the_cheaper_form_is_taken():
     """V3.2's sizes: at 4k, spelling out pays for long prompts; at 128k, gathering always does."""
     with torch.device("meta"):
         heads = {"num_attention_heads": 128, "kv_lora_rank": 512, "qk_nope_head_dim": 128}
         heads |= {"qk_rope_head_dim": 64, "v_head_dim": 128}
-        layer = chapter.make_layer(2048, index_head_dim=64, **heads)
+        layer = layer_of(2048, index_head_dim=64, **heads)
     assert layer.gathering_pays(1, 4096) and layer.gathering_pays(131072, 131072)
     assert not layer.gathering_pays(4096, 4096)
     # a query: 2048 · 1088 gathered, 4096 · 320 read and its share of 4096 · 131072 spelled out
