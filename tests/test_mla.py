@@ -867,6 +867,7 @@ def test_the_twin_gathers_no_more_pages_than_the_longest_row_has(monkeypatch):
     layer(x[:, :1], cache)
     layer(x[:, :1], cache, absorb=False)
     assert [rows.shape[1] for rows in gathered] == [128, 128, 128]  # prefill reads it back, too
+    assert gathered[-1][:, :67].any(-1).all() and not gathered[-1][:, 67:].any()
 
 
 def test_decode_refuses_lengths_of_other_rows():
