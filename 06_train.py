@@ -168,8 +168,9 @@ class DeepSeekConfig:
         if kind not in ("deepseek_v3", "deepseek_v2", "kimi_k2"):  # Kimi K2 is a V3 by its sizes
             want = "deepseek_v3, deepseek_v2 or kimi_k2; chapter 10 has deepseek_v32"
             raise ValueError(f"model_type {kind!r}: want {want}")
+        known = {field.name for field in fields(cls)}
         for key, ours in BUILT.items():
-            if raw.get(key, ours) != ours:
+            if key not in known and raw.get(key, ours) != ours:
                 raise ValueError(f"{key} = {raw[key]!r} is not built here, only {ours!r}")
         if new := raw.pop("rope_parameters", None):  # transformers 5
             theta = new.get("rope_theta", 10000.0)
@@ -188,7 +189,6 @@ class DeepSeekConfig:
         if kind == "deepseek_v2":
             raw = V2_DEFAULTS | {"n_group": 1, "topk_group": 1} | raw
             raw |= {key: 1 for key in ("n_group", "topk_group") if raw[key] is None}
-        known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in raw.items() if key in known})
 
     def to_dict(self) -> dict:
@@ -395,11 +395,14 @@ class DeepSeek(nn.Module):
 
     def new_caches(self, batch: int, max_tokens: int, layers: int | None = None) -> list:
         """An empty latent cache for every layer, or for so many."""
-        c, weight = self.config, self.lm_head.weight
+        weight, sizes = self.lm_head.weight, (batch, max_tokens, *self.cache_widths())
         place = {"device": weight.device, "dtype": narrow(weight[:1]).dtype}
-        sizes = batch, max_tokens, c.kv_lora_rank, c.qk_rope_head_dim
         count = len(self.model.layers) if layers is None else layers
         return [mla.LatentCache(*sizes, **place) for _ in range(count)]
+
+    def cache_widths(self) -> tuple[int, int]:
+        """Of a token's entry: the latent, and what stands behind it."""
+        return self.config.kv_lora_rank, self.config.qk_rope_head_dim
 
     @torch.no_grad()
     def generate(

@@ -5,13 +5,14 @@
 #   "safetensors>=0.4.5", "tqdm>=4.66",
 # ]
 # ///
-r"""10 · Sparse attention: a small indexer points at 2,048 tokens, and no others are read.
+r"""10 · Sparse attention: a small indexer points at 2,048 tokens, and attention reads only these.
 
-V3 made the cache short (02), and yet each new token reads all of it: at 131,072 tokens a layer of
-V3 multiplies 18.3 billion numbers for one. V3.2 is V3 with an indexer in each layer. It scores all
-tokens by 8,192 products each instead of 139,264, and attention reads the 2,048 best: 1.4 billion.
+V3 made the cache short (02), and yet each new token reads all of it. Behind 131,072 others that is
+131,072 · 128 heads · (2 · 512 + 64) = 18.3 billion products, in the attention of one layer. V3.2 is
+V3 with an indexer in each: 131,072 · 64 heads · 128 products score all tokens, the 2,048 best are
+read by 2,048 · 128 · 1,088 more, and that is 1.4 billion.
 
-    x (B,T,C) ─┬─ 02's query latent c (B,T,Q) ─── W_q ─► qᴵ (B,J,T,E) ─ RoPE ──┐
+    x (B,T,C) ─┬─ 02's query latent c' (B,T,Q) ── W_q ─► qᴵ (B,J,T,E) ─ RoPE ──┐
                ├─ W_w ──────────────────────────────────► w  (B,T,J) ─────┐    │
                ├─ W_k ─ LayerNorm ─ RoPE ──► kᴵ (B,T,E) ─► LatentCache    ▼    ▼
                │                                  (B,S,L+R+E) ─┬─ kᴵ ─► scores I (B,T,S)
@@ -20,17 +21,17 @@ tokens by 8,192 products each instead of 139,264, and attention reads the 2,048 
 
     scores    I_ts = Σⱼ w_tj · ReLU(qᴵ_tj · kᴵ_s)                                      [1] eq. 1
     attention u_t = Attn(x_t, {entry_s | I_ts is among the K largest of I_t})          [1] eq. 2
-    warm-up   Σ_t KL(p_t ‖ softmax(I_t)), p_t: the heads' softmax weights, averaged    [1] eq. 3
+    warm-up   KL(p_t ‖ softmax(I_t)), p_t: the heads' softmax weights, averaged        [1] eq. 3
     sparse    the same over the K chosen alone, while the model learns to read them    [1] eq. 4
 
-    axis  config name       here  V3.2
+    axis  config name     Reader  V3.2
     J     index_n_heads        4    64     [1] DeepSeek-V3.2, arXiv:2512.02556
     E     index_head_dim      16   128     [2] its released inference code
     K     index_topk          16  2048
-    B, T, S, C, Q, L, R, H                 as in 02
+    B, T, S, C, Q, L, N, R, V, H           as in 02
 
 The choice passes no gradient, so the indexer learns from eq. 3 and 4 alone, and its inputs are
-detached: nothing that it learns reaches the model. [2] keeps kᴵ in FP8, after a Hadamard turn of
+detached: no gradient of its loss reaches the model. [2] keeps kᴵ in FP8, after a Hadamard turn of
 both sides that no product feels; here it is one more part of the cache's entry, in its dtype.
 
 Run:  python 10_sparse_attention.py [--bench]          40 s on two CPU cores, 55 s with --bench
@@ -42,7 +43,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -73,10 +74,11 @@ def layer_reference(layer: "SparseLatentAttention", x: Tensor) -> Tensor:
     """
     T, (N, _), (L, _) = len(x), layer.q_split, layer.latent_split
     cos, sin = layer.cos_sin(torch.arange(T), x.dtype)
-    c = layer.query_latent(x[None])
-    q_nope, q_rope = (q[0] for q in layer.queries(c, cos, sin))  # (H, T, N), (H, T, R)
+    q_low = layer.query_latent(x[None])
+    q_nope, q_rope = (q[0] for q in layer.queries(q_low, cos, sin))  # (H, T, N), (H, T, R)
     latent, k_rope = (part[0] for part in layer.latents(x[None], cos, sin))  # (T, L), (T, R)
-    scores = scores_reference(*(part[0] for part in layer.indexer(x[None], c, cos, sin)))
+    index_q, w = layer.indexer.queries(x[None], q_low, cos, sin)
+    scores = scores_reference(index_q[0], w[0], layer.indexer.keys(x[None], cos, sin)[0])
     out = []
     for t in range(T):
         best = scores[t, : t + 1].argsort(descending=True)[: layer.index_topk].tolist()
@@ -93,7 +95,7 @@ def layer_reference(layer: "SparseLatentAttention", x: Tensor) -> Tensor:
 
 # %% 2. The pieces ---------------------------------------------------------------------------
 
-AT_A_TIME = 2**25  # numbers that are gathered and scored
+AT_A_TIME = 2**25  # numbers that are made for some of the queries
 
 
 class LightningIndexer(nn.Module):
@@ -102,6 +104,7 @@ class LightningIndexer(nn.Module):
     Its rotary channels come first and are turned in halves, unlike those of the attention beside
     it; its keys have a LayerNorm, with a bias. Parameters carry the names of the released files.
     q_lora_rank None: it reads x, as the queries beside it do (V3.2 has no such model).
+    linear: class of wq_b and wk; weights_proj is never narrow, in the released files neither.
     """
 
     def __init__(
@@ -122,32 +125,36 @@ class LightningIndexer(nn.Module):
         first, rest = channels.split((self.rotary, channels.shape[-1] - self.rotary), -1)
         return torch.cat((mla.apply_rope(first, cos, sin, interleaved=False), rest), -1)
 
-    def forward(
-        self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, C), query latent c (B, T, Q), angles (T, R/2) or (B, T, R/2) ->
-        queries (B, J, T, E), their heads' weights (B, T, J), keys (B, T, E)."""
-        q = self.wq_b(c).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, J, T, E)
-        k = self.wk(x)  # (B, T, E)
-        k = self.k_norm(k.to(self.k_norm.weight.dtype)).to(k.dtype)
+    def queries(self, x: Tensor, q_low: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, C), the queries' latent (B, T, Q), angles (T, R/2) or (B, T, R/2) ->
+        queries (B, J, T, E), their heads' weights (B, T, J)."""
+        q = self.wq_b(q_low).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, J, T, E)
         w = self.weights_proj(x) * (self.heads * q.shape[-1]) ** -0.5  # [2]: 1/√J and 1/√E
-        return self.turned(q, cos.unsqueeze(-3), sin.unsqueeze(-3)), w, self.turned(k, cos, sin)
+        return self.turned(q, cos.unsqueeze(-3), sin.unsqueeze(-3)), w
+
+    def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, E)."""
+        k = self.wk(x)
+        normed = self.k_norm(k.to(self.k_norm.weight.dtype)).to(k.dtype)
+        return self.turned(normed, cos, sin)
 
 
 def index_scores(q: Tensor, w: Tensor, k: Tensor) -> Tensor:
-    """[1] eq. 1: queries (B, J, T, E), weights (B, T, J), keys (B, S, E) -> (B, T, S) in fp32 or
-    wider.
+    """[1] eq. 1: queries (B, J, T, E), weights (B, T, J), keys (B, S, E) -> (B, T, S).
 
-    Some queries at a time: all heads' products at once would be J times as many as the scores.
+    Products are in q's dtype ([2] has them in FP8), their sum over J in fp32 or wider. Some queries
+    at a time: the products of all are J times as many as the scores. A gradient keeps them all.
     """
-    wide, k = torch.promote_types(q.dtype, torch.float32), k.to(q.dtype)
-    J, S = q.shape[1], k.shape[1]
-    rows, scores = max(1, 2**22 // max(J * S, 1)), []
-    for q_rows, w_rows in zip(q.split(rows, 2), w.split(rows, 1), strict=True):
-        # the keys on the left: a long transposed matrix would be copied
-        products = k @ q_rows.transpose(1, 2).flatten(1, 2).mT  # (B, S, t·J)
-        by_query = products.relu().to(wide).unflatten(-1, (-1, J)).transpose(1, 2)  # (B, t, S, J)
-        scores.append((by_query @ w_rows[..., None].to(wide))[..., 0])  # (B, t, S)
+    wide, scores = torch.promote_types(q.dtype, torch.float32), []
+    (B, J), S = q.shape[:2], k.shape[1]
+    rows = max(1, AT_A_TIME // max(1, B * J * S))
+    with torch.autocast(q.device.type, enabled=False):  # it would add up in bf16
+        k, w = k.to(q.dtype), w[..., None].to(wide)
+        for q_rows, w_rows in zip(q.split(rows, 2), w.split(rows, 1), strict=True):
+            # the keys on the left: a long transposed matrix would be copied
+            products = k @ q_rows.transpose(1, 2).flatten(1, 2).mT  # (B, S, J for each query)
+            by_query = products.relu().to(wide).unflatten(-1, (-1, J)).transpose(1, 2)
+            scores.append((by_query @ w_rows)[..., 0])  # (B, some of T, S)
     return torch.cat(scores, 1)
 
 
@@ -165,16 +172,17 @@ def index_divergence(attended: Tensor, scores: Tensor, chosen: Tensor) -> Tensor
     """
     log_index = scores.masked_fill(~chosen, -math.inf).log_softmax(-1).masked_fill(~chosen, 0.0)
     p = attended.detach().to(scores.dtype)
-    return (torch.xlogy(p, p) - p * log_index).sum(-1).mean()
+    each = (torch.xlogy(p, p) - p * log_index).sum(-1)  # (B, T)
+    return each.sum() / max(1, each.numel())
 
 
 class SparseLatentAttention(mla.MultiHeadLatentAttention):
     """02's layer, reading only the `index_topk` tokens that its indexer scores highest.
 
     x: (B, T, C) -> (B, T, C); a cache of 02, contiguous or paged, with room for R + E behind the
-    latent. Its sizes are those of 02, and by name the indexer's. A few queries on a long cache
-    gather their entries and read these, absorbed; many on a short one read all of it under a mask:
-    the same numbers, and the work of a dense layer.
+    latent. Its sizes are 02's, and index_… by name. A few queries on a long cache gather their
+    entries and read these, absorbed; many on a short one read all of it under a mask: the same
+    numbers, and the work of a dense layer.
     dense=True reads everything, as while the indexer warms up. In training a forward without a
     cache leaves `index_loss`, eq. 3 if dense, else eq. 4, for the trainer to add; else it is None.
     """
@@ -184,86 +192,101 @@ class SparseLatentAttention(mla.MultiHeadLatentAttention):
         linear=nn.Linear, **named,
     ):  # fmt: skip
         super().__init__(hidden_size, *sizes, linear=linear, **named)
-        index = index_n_heads, index_head_dim, self.latent_split[1]
-        self.indexer = LightningIndexer(hidden_size, self.q_lora_rank, *index, linear)
+        if index_topk < 1:
+            raise ValueError(f"want index_topk of 1 or more, got {index_topk}")
+        R = self.latent_split[1]
+        self.indexer = LightningIndexer(
+            hidden_size, self.q_lora_rank, index_n_heads, index_head_dim, R, linear
+        )
         self.index_topk, self.dense, self.index_loss = index_topk, False, None
 
     def forward(
         self, x: Tensor, cache: "mla.LatentCache | None" = None, gather: bool | None = None
     ) -> Tensor:
         """gather: which form; None: the one with fewer products, and never while learning."""
-        (L, R), (B, T, _), learning = self.latent_split, x.shape, torch.is_grad_enabled()
+        (B, T, _), learning, self.index_loss = x.shape, torch.is_grad_enabled(), None
         cos, sin = self.cos_sin(self.positions(x, cache), x.dtype)
-        c = self.query_latent(x)
-        q_nope, q_rope = self.queries(c, cos, sin)
+        q_low = self.query_latent(x)
+        q = self.queries(q_low, cos, sin)  # (B, H, T, N), (B, H, T, R)
         latent, k_rope = self.latents(x, cos, sin)
-        q, w, k = self.indexer(x.detach(), c.detach(), cos, sin)
+        index_keys = self.indexer.keys(x.detach(), cos, sin)  # (B, T, E)
+        lengths, pages, spelled = x.new_full((B,), T, dtype=torch.int64), None, lambda part: part
         if cache is None:
-            entries = torch.cat((latent, k_rope, k), -1)
-            lengths = x.new_full((B,), T, dtype=torch.int64)
+            entries = torch.cat((latent, k_rope), -1)
         else:
-            entries, lengths = cache.append(latent, torch.cat((k_rope, k), -1)), cache.lengths
-            if cache.pages is not None:
-                entries = mla.unpaged(entries, cache.pages, lengths, cache.used)[:, : cache.used]
-        entries, k = entries.split((L + R, k.shape[-1]), -1)  # (B, S, L + R), (B, S, E)
-        S, everything = entries.shape[1], self.dense or entries.shape[1] <= self.index_topk
-        training, self.index_loss = self.training and learning and cache is None, None
+            both = cache.append(latent, torch.cat((k_rope, index_keys), -1))
+            entries, index_keys = both.split((sum(self.latent_split), index_keys.shape[-1]), -1)
+            lengths, pages = cache.lengths, cache.pages
+            if pages is not None:
+                spelled = lambda part: mla.unpaged(part, pages, lengths, cache.used)[
+                    :, : cache.used
+                ]
+        S = T if cache is None else cache.used
+        training = self.training and learning and cache is None
+        everything = self.dense or S <= self.index_topk
+        if everything and not training:
+            if T == 1 and pages is None and (cache is None or cache.even):
+                lengths = None  # it sees all there is
+            if S > T and T < self.absorb_below:  # as in 02
+                out = self.absorbed(*q, entries, lengths, pages).transpose(1, 2)
+            else:
+                mask = mla.visible(lengths, T, S) if S > T else None
+                out = self.read(*q, spelled(entries), mask)
+            return self.o_proj(out.flatten(2))
+        index = self.indexer.queries(x.detach(), q_low.detach(), cos, sin)
+        index_keys = spelled(index_keys)  # (B, S, E)
         if gather is None:
             gather = not learning and self.gathering_pays(T, S)
-        if everything and not training:
-            out = self.read_all(q_nope, q_rope, entries, lengths)
-        elif gather and not training:
-            out = self.read_gathered(q_nope, q_rope, entries, (q, w, k), lengths)
+        if gather and not training:
+            even = cache is None or cache.even
+            out = self.read_gathered(*q, entries, (*index, index_keys), lengths, pages, even)
         else:
-            seen, scores = mla.visible(lengths, T, S)[:, 0], index_scores(q, w, k)  # (B, T, S)
+            seen = mla.visible(lengths, T, S)[:, 0]  # (B, T, S)
+            scores, entries = index_scores(*index, index_keys), spelled(entries)
             chosen = seen if everything else highest(scores, seen, self.index_topk)
-            out = self.read(q_nope, q_rope, entries, chosen)
+            out = self.read(*q, entries, chosen[:, None])
             if training:
-                attended = self.attended(q_nope, q_rope, entries, chosen)
+                attended = self.attended(*q, entries, chosen)
                 self.index_loss = index_divergence(attended, scores, chosen)
         return self.o_proj(out.flatten(2))
 
     def gathering_pays(self, T: int, S: int) -> bool:
-        """Whether K entries a query, absorbed, take fewer products than S spelled out for T."""
+        """Are the products of K absorbed entries a query fewer than of S, spelled out once?"""
         (L, R), (N, V) = self.latent_split, self.kv_split
         return T * self.index_topk * (2 * L + R) < S * (L * (N + V) + T * (N + R + V))
 
     def read(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, mask: Tensor | None) -> Tensor:
-        """Entries (B, S, L + R), spelled out, where mask (B, T, S) allows -> (B, T, H, V)."""
+        """Entries (B, S, L + R), spelled out, where mask (B, 1, T, S) allows -> (B, T, H, V)."""
         latent, k_rope = entries.to(q_nope.dtype).split(self.latent_split, -1)
-        mask = None if mask is None else mask[:, None]
         return self.explicit(q_nope, q_rope, latent, k_rope, mask).transpose(1, 2)
 
-    def read_all(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, lengths: Tensor) -> Tensor:
-        """As 02 does: absorbed for a few queries behind others -> (B, T, H, V)."""
-        T, S = q_nope.shape[2], entries.shape[1]
-        if S > T and T < self.absorb_below:
-            return self.absorbed(q_nope, q_rope, entries, lengths).transpose(1, 2)
-        mask = mla.visible(lengths, T, S)[:, 0] if S > T else None
-        return self.read(q_nope, q_rope, entries, mask)
-
     def read_gathered(
-        self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, index: tuple, lengths: Tensor
-    ) -> Tensor:
+        self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, index: tuple[Tensor, Tensor, Tensor],
+        lengths: Tensor, pages: Tensor | None = None, even: bool = False,
+    ) -> Tensor:  # fmt: skip
         """The K entries that each query scores highest, as a cache of its own -> (B, T, H, V).
 
-        index: what the indexer gave. Some queries at a time: each gathers K entries and scores S.
+        entries: (B, S, L + R), or 02's pool with pages; index: arguments of `index_scores`; even:
+        all lengths are S. Some queries at a time, each with its K entries and S scores.
         """
-        (B, S, width), T, (q, w, k) = entries.shape, q_nope.shape[2], index
-        K = min(self.index_topk, S)
-        rows, out = max(1, AT_A_TIME // (B * (K * width + S))), []
-        ends = lengths[:, None] - T + torch.arange(1, T + 1, device=lengths.device)  # (B, T)
-        parts = (q_nope, 2), (q_rope, 2), (q, 2), (w, 1), (ends, 1)
-        for nope, rope, q_rows, w_rows, end in zip(
-            *(part.split(rows, axis) for part, axis in parts), strict=True
-        ):
-            unseen = torch.arange(S, device=end.device) >= end[..., None]  # (B, t, S)
-            scores = index_scores(q_rows, w_rows, k).masked_fill(unseen, -math.inf)
-            best = scores.topk(K).indices.flatten(1)  # (B, t·K), of each query the unseen last
-            own = entries.gather(1, best[..., None].expand(-1, -1, width)).view(-1, K, width)
-            each = (part.transpose(1, 2).flatten(0, 1)[:, :, None] for part in (nope, rope))
-            o = self.absorbed(*each, own, end.clamp(max=K).flatten())  # (B·t, H, 1, V)
-            out.append(o[:, :, 0].unflatten(0, (B, -1)))
+        index_q, w, index_keys = index
+        (B, T, _), S, size, device = w.shape, index_keys.shape[1], entries.shape[1], entries.device
+        K, row = min(self.index_topk, S), torch.arange(B, device=device)[:, None]
+        count, out = max(1, AT_A_TIME // max(1, B * (K * entries.shape[-1] + S))), []
+        full = even and S - T + 1 >= K  # each query sees as many as it reads
+        ends = lengths[:, None] - T + torch.arange(1, T + 1, device=device)  # (B, T)
+        parts = (q_nope, 2), (q_rope, 2), (index_q, 2), (w, 1), (ends, 1)
+        pieces = (part.split(count, axis) for part, axis in parts)
+        for nope, rope, index_rows, w_rows, end in zip(*pieces, strict=True):
+            unseen = torch.arange(S, device=device) >= end[..., None]  # (B, some of T, S)
+            scores = index_scores(index_rows, w_rows, index_keys).masked_fill(unseen, -math.inf)
+            best = scores.topk(K).indices.flatten(1)  # of each query the unseen last
+            place = (row, best) if pages is None else (pages[row, best // size], best % size)
+            own = entries[place].view(-1, K, entries.shape[-1])  # (B · some of T, K, L + R)
+            nope, rope = (q.transpose(1, 2).flatten(0, 1)[:, :, None] for q in (nope, rope))
+            filled = None if full else end.clamp(max=K).flatten()
+            o = self.absorbed(nope, rope, own, filled)[:, :, 0]  # (B · some of T, H, V)
+            out.append(o.unflatten(0, end.shape))
         return torch.cat(out, 1)
 
     @torch.no_grad()
@@ -301,10 +324,7 @@ class SparseConfig(base.DeepSeekConfig):
         kind = raw.get("model_type", "deepseek_v32")
         if kind != "deepseek_v32":
             raise ValueError(f"model_type {kind!r}: want 'deepseek_v32'")
-        index = {key: raw[key] for key in raw if key.startswith("index_")}
-        rest = {key: raw[key] for key in raw.keys() - index.keys()} | {"model_type": "deepseek_v3"}
-        known = {key: index[key] for key in cls.__annotations__ if key in index}
-        return replace(super().from_dict(rest), **known)
+        return super().from_dict(raw | {"model_type": "deepseek_v3"})
 
     def to_dict(self) -> dict:
         names = {"architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32"}
@@ -314,8 +334,8 @@ class SparseConfig(base.DeepSeekConfig):
 class SparseBlock(base.Block):
     @staticmethod
     def attention(config: SparseConfig) -> Callable:
-        sizes = {key: getattr(config, key) for key in SparseConfig.__annotations__}
-        return partial(SparseLatentAttention, **sizes)
+        sizes = "index_n_heads", "index_head_dim", "index_topk"
+        return partial(SparseLatentAttention, **{size: getattr(config, size) for size in sizes})
 
 
 class SparseDeepSeek(base.DeepSeek):
@@ -330,36 +350,47 @@ class SparseDeepSeek(base.DeepSeek):
     def from_dense(
         cls, model: base.DeepSeek, index_n_heads: int, index_head_dim: int, index_topk: int
     ) -> "SparseDeepSeek":
-        """A copy of a V3, as V3.2 began: its weights, and indexers that have learnt nothing."""
-        index = {"index_n_heads": index_n_heads, "index_head_dim": index_head_dim}
-        config = SparseConfig(**vars(model.config), **index, index_topk=index_topk)
+        """A copy of a V3, as V3.2 began: its weights, and indexers that have learnt nothing.
+
+        ValueError: it has indexers already, or keeps FP8 codes (08).
+        """
+        tensors = model.state_dict()
+        if isinstance(model, SparseDeepSeek):
+            raise ValueError("the model has indexers already: want a dense one")
+        if any(t.dtype == torch.float8_e4m3fn for t in tensors.values()):
+            raise ValueError("the model keeps FP8 codes: load it with keep_fp8=False")
+        sizes = {"index_n_heads": index_n_heads, "index_head_dim": index_head_dim}
+        config = SparseConfig(**vars(model.config), **sizes, index_topk=index_topk)
         sparse = cls(config, model.precision).to(model.lm_head.weight)
         own = {n: t for n, t in sparse.state_dict().items() if ".indexer." in n}
-        sparse.load_state_dict(own | model.state_dict())
+        sparse.load_state_dict(own | tensors)
         return sparse
 
-    def new_caches(self, batch: int, max_tokens: int, layers: int | None = None) -> list:
-        c, weight = self.config, self.lm_head.weight
-        place = {"device": weight.device, "dtype": base.narrow(weight[:1]).dtype}
-        sizes = batch, max_tokens, c.kv_lora_rank, c.qk_rope_head_dim + c.index_head_dim
-        count = len(self.model.layers) if layers is None else layers
-        return [mla.LatentCache(*sizes, **place) for _ in range(count)]
+    def cache_widths(self) -> tuple[int, int]:
+        latent, rotary = super().cache_widths()
+        return latent, rotary + self.config.index_head_dim
 
     def attentions(self) -> list[SparseLatentAttention]:
         return [m for m in self.modules() if isinstance(m, SparseLatentAttention)]
 
+    def indexers(self) -> list[nn.Parameter]:
+        return [p for a in self.attentions() for p in a.indexer.parameters()]
+
     def warm_up(self, warming: bool = True) -> None:
         """[1]'s first stage: read everything, only the indexers learn. False: its second."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(not warming or ".indexer." in name)
+        self.requires_grad_(not warming)
         for attention in self.attentions():
             attention.dense = warming
+            attention.indexer.requires_grad_(True)
 
-    def index_loss(self) -> Tensor:
-        """Sum over the layers of what their last training forward left."""
-        return torch.stack(
-            [a.index_loss for a in self.attentions() if a.index_loss is not None]
-        ).sum()
+    def take_index_loss(self) -> Tensor:
+        """Sum of what the layers' last training forward left, once. ValueError: there was none."""
+        left = [a.index_loss for a in self.attentions() if a.index_loss is not None]
+        for attention in self.attentions():
+            attention.index_loss = None
+        if not left:
+            raise ValueError("no index loss: want a forward before, in training, without a cache")
+        return torch.stack(left).sum()
 
 
 # %% 4. Is it right? -------------------------------------------------------------------------
@@ -482,7 +513,7 @@ def learn(reader: Reader, parameters: list, rate: float, index: bool) -> Iterato
     reader.train(index)
     while True:
         loss, right = reader.answers(reader.batch())
-        index_loss = reader.attention.index_loss if index else torch.zeros(())
+        index_loss = reader.attention.index_loss if index else torch.zeros_like(loss)
         (loss + index_loss).backward()
         optimizer.step()
         reader.zero_grad()
@@ -492,12 +523,12 @@ def learn(reader: Reader, parameters: list, rate: float, index: bool) -> Iterato
 def train_reader(device: torch.device, index_topk: int = 16) -> Reader:
     """Dense until it can read, then [1]'s two stages."""
     reader = Reader(index_topk).to(device)
-    attention, everything = reader.attention, list(reader.parameters())
+    attention, all_weights = reader.attention, list(reader.parameters())
     attention.dense = True
-    for step, (right, _) in enumerate(learn(reader, everything, 3e-3, index=False), 1):
+    for step, (right, _) in enumerate(learn(reader, all_weights, 3e-3, index=False), 1):
         if right > 0.99 or step == 600:
             break
-    report(reader, "dense", f"reads all 320 tokens, after {step} steps")
+    dense = report(reader, "dense", f"reads all 320 tokens, after {step} steps")
     attention.dense = False
     report(reader, "untrained_indexer", f"reads the {index_topk} that it scores highest")
     attention.dense = True
@@ -506,17 +537,18 @@ def train_reader(device: torch.device, index_topk: int = 16) -> Reader:
     attention.dense = False
     text = f"index loss {losses[0]:.2f} -> {losses[-1]:.2f} nats"
     report(reader, "warm_up", f"100 steps of eq. 3, the rest frozen: {text}")
-    for _ in itertools.islice(learn(reader, everything, 1e-3, index=True), 60):
+    for _ in itertools.islice(learn(reader, all_weights, 1e-3, index=True), 60):
         pass
-    report(reader, "sparse_training", "60 steps of everything, eq. 4")
+    sparse = report(reader, "sparse_training", "60 steps of all weights, eq. 4")
+    check("right answers: reading 16 = reading all", sparse, dense, 0.05)
     return reader.eval()
 
 
 @torch.no_grad()
-def report(reader: Reader, name: str, text: str) -> None:
-    reader.eval()
-    loss, right = reader.answers(reader.batch(64))
+def report(reader: Reader, name: str, text: str) -> Tensor:
+    loss, right = reader.eval().answers(reader.batch(64))
     measure(f"right_{name}", right.item(), f"loss {loss.item():.3f}   {text}")
+    return right
 
 
 @torch.no_grad()
@@ -525,18 +557,20 @@ def compare_choices(reader: Reader, sizes: list[int]) -> dict[str, list[float]]:
     attention, (keys, values, want) = reader.attention, reader.batch(64)
     x = reader.norm(reader.key(keys) + reader.value(values))
     cos, sin = attention.cos_sin(attention.positions(x, None), x.dtype)
-    c = attention.query_latent(x)
-    q, entries = attention.queries(c, cos, sin), torch.cat(attention.latents(x, cos, sin), -1)
-    seen = torch.ones(len(x), *x.shape[1:2] * 2, dtype=torch.bool, device=x.device).tril()
+    q_low, (B, T, _) = attention.query_latent(x), x.shape
+    q, entries = attention.queries(q_low, cos, sin), torch.cat(attention.latents(x, cos, sin), -1)
+    seen = torch.ones(B, T, T, dtype=torch.bool, device=x.device).tril()
+    indexer = attention.indexer
+    index = *indexer.queries(x, q_low, cos, sin), indexer.keys(x, cos, sin)
     scores = {
-        "its indexer": index_scores(*attention.indexer(x, c, cos, sin)),
+        "its indexer": index_scores(*index),
         "its attention to all": attention.attended(*q, entries, seen),
-        "the last": torch.arange(x.shape[1], device=x.device).float().expand_as(seen),
+        "the last": torch.arange(T, device=x.device).float().expand_as(seen),
         "any": torch.rand(seen.shape, device=x.device),
     }
     right = {name: [] for name in scores}
     for K, (name, score) in itertools.product(sizes, scores.items()):
-        out = attention.read(*q, entries, highest(score, seen, K)).flatten(2)
+        out = attention.read(*q, entries, highest(score, seen, K)[:, None]).flatten(2)
         logits = reader.head(reader.out(attention.o_proj(out)))[:, -want.shape[1] :]
         right[name].append((logits.argmax(-1) == want).float().mean().item())
     return right
@@ -545,7 +579,8 @@ def compare_choices(reader: Reader, sizes: list[int]) -> dict[str, list[float]]:
 # %% 6. How fast? ----------------------------------------------------------------------------
 
 
-def race(tasks: dict[str, Callable], device: torch.device, rounds: int) -> dict[str, float]:
+# same as 01_attention.py
+def race(tasks: dict[str, Callable], device: torch.device, rounds: int = 9) -> dict[str, float]:
     """Median milliseconds of each task; every round runs them all, so drift hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(rounds + 1):
@@ -567,18 +602,17 @@ def decode(device: torch.device, contexts: list[int], rounds: int) -> dict[str, 
     layer = SparseLatentAttention(64, q_lora_rank=64, index_topk=2048, **heads)
     layer = layer.to(device, torch.bfloat16)
     make = partial(torch.randn, device=device, dtype=torch.bfloat16)
-    q, index_q, w = (make(1, 128, 1, n) for n in (128, 64)), make(1, 64, 1, 128), make(1, 1, 64)
-    q_nope, q_rope = q
+    q = make(1, 128, 1, 128), make(1, 128, 1, 64)
+    index_q, w = make(1, 64, 1, 128), make(1, 1, 64)
     found: dict[str, list[float]] = {"V3": [], "V3.2": [], "of that, index scores": []}
     for S in contexts:
-        entries, k = make(1, S, 576 + 128).split((576, 128), -1)
-        whole, lengths = entries.contiguous(), torch.tensor([S], device=device)
-        score = partial(index_scores, index_q, w, k)
-        dense = partial(layer.absorbed, q_nope, q_rope, whole)
-        index = index_q, w, k
-        sparse = partial(layer.read_gathered, q_nope, q_rope, entries, index, lengths)
-        tasks = {"V3": dense, "V3.2": sparse, "of that, index scores": score}
-        ms = race(tasks, device, rounds)
+        entries, index_keys = make(1, S, 576 + 128).split((576, 128), -1)
+        index, lengths = (index_q, w, index_keys), torch.tensor([S], device=device)
+        ms = race({
+            "V3": partial(layer.absorbed, *q, entries.contiguous()),
+            "V3.2": partial(layer.read_gathered, *q, entries, index, lengths, even=True),
+            "of that, index scores": partial(index_scores, *index),
+        }, device, rounds)  # fmt: skip
         for name, value in ms.items():
             found[name].append(value)
         text = f"ms a token at {S:,}; V3: {ms['V3']:.3g}, {ms['V3'] / ms['V3.2']:.2f}x"
@@ -622,8 +656,8 @@ def draw(right: dict, sizes: list[int], ms: dict, contexts: list[int], out: Path
 #    one product of a mixed query with the key: why would J heads then be no better than one?
 # 2. Let eq. 3 use the attention of one head alone instead of all, and train the Reader again. With
 #    four heads that look for four different things, what would it miss?
-# 3. A token of V3.2 reads at least 2,048 entries and all index keys. From which context on do the
-#    keys, in FP8 with 4 bytes of scale, take more bytes than the entries read?
+# 3. A token of V3.2 reads at most 2,048 entries, say in bf16, and all index keys. From which
+#    context on are the keys, in FP8 with 4 bytes of scale each, more bytes than the entries?
 
 
 def arguments() -> argparse.Namespace:
@@ -652,7 +686,7 @@ def main() -> None:
     reader = train_reader(device)
     sizes = [1, 2, 4, 8, 16, 32, 64]
     right = compare_choices(reader, sizes)
-    contexts = [2048 * 2**i for i in range(7 if args.bench else 5)]
+    contexts = [4096 * 2**i for i in range(6 if args.bench else 4)]
     ms = decode(device, contexts, rounds=9 if args.bench else 7)
     draw(right, sizes, ms, contexts, args.out / "10_sparse_attention.png")
 

@@ -1,18 +1,23 @@
 """Chapter 10: the indexer and its attention against loops, 02's layer, transformers' V3.2."""
 
+import copy
 import json
 import math
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from torch.nn import functional as F
 
 chapter = import_module("10_sparse_attention")
 base, mla = chapter.base, chapter.mla
 released = import_module("08_checkpoints")
+transformers = pytest.importorskip("transformers")
+ROOT = Path(__file__).resolve().parents[1]
 TINY = chapter.SparseConfig(
     vocab_size=320, hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
     num_hidden_layers=3, first_k_dense_replace=1, num_attention_heads=4, q_lora_rank=24,
@@ -33,6 +38,10 @@ def model_of(config=TINY, seed=0):
     return model
 
 
+def seeded():
+    return torch.Generator().manual_seed(2)
+
+
 def tokens_of(*shape, seed=1):
     return torch.randint(TINY.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
@@ -41,6 +50,11 @@ def layer_of(index_topk=6, dtype=torch.float64, **sizes):
     torch.manual_seed(0)
     sizes = chapter.SIZES | chapter.INDEX | {"index_topk": index_topk} | sizes
     return chapter.SparseLatentAttention(**sizes).to(dtype)
+
+
+def scores_of(layer, x, q_low, cos, sin):
+    queries, keys = layer.indexer.queries(x, q_low, cos, sin), layer.indexer.keys(x, cos, sin)
+    return chapter.index_scores(*queries, keys)
 
 
 # --- the layer -------------------------------------------------------------------------------
@@ -57,14 +71,14 @@ def test_scores_are_equation_1(J, T, S):
 
 
 def test_scores_come_in_parts_of_the_queries(monkeypatch):
-    """Above 4M products at a time: three queries of 2²⁰ each would not fit beside one another."""
     torch.manual_seed(0)
-    q, w, k = torch.randn(1, 64, 3, 2), torch.randn(1, 3, 64), torch.randn(1, 2**15, 2)
+    q, w, k = torch.randn(2, 64, 3, 2), torch.randn(2, 3, 64), torch.randn(2, 100, 2)
+    monkeypatch.setattr(chapter, "AT_A_TIME", 2 * 2 * 64 * 100 + 1)
     seen = []
     real = torch.Tensor.relu
     monkeypatch.setattr(torch.Tensor, "relu", lambda t: seen.append(t.shape) or real(t))
     got = chapter.index_scores(q, w, k)
-    assert seen == [(1, 2**15, 128), (1, 2**15, 64)]
+    assert seen == [(2, 100, 128), (2, 100, 64)]
     for t in range(3):
         alone = chapter.index_scores(q[:, :, t : t + 1], w[:, t : t + 1], k)
         assert torch.allclose(got[:, t : t + 1], alone, rtol=0, atol=1e-4)
@@ -77,6 +91,8 @@ def test_scores_of_bf16_are_added_in_fp32():
     q, w, k = (t.bfloat16() for t in (q, w, k))
     got = chapter.index_scores(q, w, k)
     assert got.dtype == torch.float32 and len(got.unique()) > 900
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(chapter.index_scores(q, w, k), got)
 
 
 @pytest.mark.parametrize("gather", [False, True])
@@ -103,7 +119,7 @@ def test_what_is_not_chosen_is_not_read():
     layer, x = layer_of(), torch.randn(1, 30, 32, dtype=torch.float64)
     with torch.no_grad():
         cos, sin = layer.cos_sin(torch.arange(30), x.dtype)
-        scores = chapter.index_scores(*layer.indexer(x, layer.query_latent(x), cos, sin))[0, -1]
+        scores = scores_of(layer, x, layer.query_latent(x), cos, sin)[0, -1]
         worst = scores.argmin()
         cache = mla.LatentCache(1, 30, 16, 12, dtype=x.dtype)
         layer(x[:, :29], cache)
@@ -118,20 +134,37 @@ def test_what_is_not_chosen_is_not_read():
 
 
 @pytest.mark.parametrize("paged", [False, True])
-def test_rows_of_unequal_length_and_drafts_that_are_taken_back(paged):
-    layer, x = layer_of(), torch.randn(2, 40, 32, dtype=torch.float64)
+@pytest.mark.parametrize("gather, topk", [(None, 6), (True, 6), (False, 6), (None, 64)])
+@pytest.mark.parametrize("tail", [1, 2, 20])
+def test_rows_of_unequal_length_and_drafts_that_are_taken_back(paged, gather, topk, tail):
+    """20 new tokens are above `absorb_below`: with K enough for all they are spelled out."""
+    layer, x = layer_of(topk), torch.randn(2, 60, 32, dtype=torch.float64)
     with torch.no_grad():
         full = layer(x)
         kind = mla.PagedLatentCache if paged else mla.LatentCache
-        cache = kind(2, 64, 16, 12, dtype=x.dtype)
+        cache = kind(2, 128, 16, 12, dtype=x.dtype)
         layer(x[:, :25], cache)
         cache.truncate([25, 11])
-        tails = torch.stack((x[0, 25:27], x[1, 11:13]))
-        layer(tails + 1, cache)  # a draft
+        tails = torch.stack((x[0, 25 : 25 + tail], x[1, 11 : 11 + tail]))
+        layer(tails + 1, cache, gather)  # a draft
         cache.truncate([25, 11])
-        got = layer(tails, cache)
-        want = torch.stack((full[0, 25:27], full[1, 11:13]))
+        got = layer(tails, cache, gather)
+        want = torch.stack((full[0, 25 : 25 + tail], full[1, 11 : 11 + tail]))
         assert torch.allclose(got, want, rtol=0, atol=1e-12)
+
+
+def test_no_rows_and_no_tokens():
+    layer = layer_of(dtype=torch.float32)
+    for shape in (0, 20, 32), (2, 0, 32):
+        with torch.no_grad():
+            assert layer(torch.randn(shape)).shape == shape
+        layer.train()(torch.randn(shape))
+        assert layer.index_loss == 0
+        layer.eval()
+    cache = mla.LatentCache(0, 40, 16, 12)
+    with torch.no_grad():
+        layer(torch.randn(0, 30, 32), cache)
+        assert layer(torch.randn(0, 1, 32), cache).shape == (0, 1, 32)
 
 
 def test_without_a_query_latent_the_indexer_reads_x():
@@ -157,14 +190,32 @@ def test_enough_for_all_is_02s_layer():
 
 
 def test_short_caches_are_decoded_absorbed(monkeypatch):
-    """While K is enough for all, a token costs what it costs in 02: nothing is spelled out."""
+    """While K is enough for all, a token takes 02's way: nothing is spelled out, masked, scored."""
     layer, x = layer_of(index_topk=64), torch.randn(2, 30, 32, dtype=torch.float64)
     with torch.no_grad():
         want, cache = layer(x), mla.LatentCache(2, 30, 16, 12, dtype=x.dtype)
         layer(x[:, :20], cache)
         monkeypatch.setattr(layer, "explicit", None)
-        got = torch.cat([layer(part, cache) for part in x[:, 20:].split(2, 1)], 1)
-    assert torch.allclose(got, want[:, 20:], rtol=0, atol=1e-12)
+        monkeypatch.setattr(layer.indexer, "queries", None)
+        got, seen = [layer(x[:, 20:22], cache)], []
+        real = layer.absorbed
+        monkeypatch.setattr(layer, "absorbed", lambda *a: seen.append(a[3]) or real(*a))
+        got += [layer(part, cache) for part in x[:, 22:].split(1, 1)]
+    assert torch.allclose(torch.cat(got, 1), want[:, 20:], rtol=0, atol=1e-12)
+    assert seen == [None] * 8
+
+
+def test_a_pool_is_read_where_it_lies(monkeypatch):
+    """Of a paged cache the index keys alone are spelled out, not the entries."""
+    layer, x = layer_of(), torch.randn(2, 130, 32, dtype=torch.float64)
+    real, widths = mla.unpaged, []
+    spy = lambda part, *rest: widths.append(part.shape[-1]) or real(part, *rest)
+    with torch.no_grad():
+        want, cache = layer(x), mla.PagedLatentCache(2, 192, 16, 12, dtype=x.dtype)
+        layer(x[:, :129], cache)
+        monkeypatch.setattr(chapter.mla, "unpaged", spy)
+        got = layer(x[:, 129:], cache)
+    assert torch.allclose(got, want[:, 129:], rtol=0, atol=1e-12) and widths == [8]
 
 
 def test_a_long_prompt_takes_no_square_of_memory():
@@ -205,6 +256,8 @@ def test_impossible_indexers_are_named():
         replace(TINY, index_head_dim=4)
     with pytest.raises(ValueError, match="index_topk must be an int >= 1, got 0"):
         replace(TINY, index_topk=0)
+    with pytest.raises(ValueError, match="want index_topk of 1 or more, got 0"):
+        layer_of(index_topk=0)
 
 
 # --- learning --------------------------------------------------------------------------------
@@ -221,7 +274,7 @@ def test_index_loss_by_loops_and_its_gradient(dense):
     cos, sin = layer.cos_sin(torch.arange(12), x.dtype)
     c = layer.query_latent(x).detach()
     (q_nope, q_rope), (latent, k_rope) = layer.queries(c, cos, sin), layer.latents(x, cos, sin)
-    scores = chapter.index_scores(*layer.indexer(x, c, cos, sin))
+    scores = scores_of(layer, x, c, cos, sin)
     k_nope = torch.einsum("hnl,bsl->bhsn", layer.kv_b_proj.weight.view(4, -1, L)[:, :N], latent)
     total = 0.0
     for b in range(2):
@@ -264,11 +317,11 @@ def test_gradients_of_the_choice_are_those_of_the_mask():
 def test_the_two_stages_move_what_they_should():
     model = model_of().train()
     rows = tokens_of(2, 33)
-    before = {name: p.clone() for name, p in model.named_parameters()}
 
     def step():
+        before = {name: p.clone() for name, p in model.named_parameters()}
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-        loss = model.loss(rows[:, :-1], rows[:, 1:]) + model.index_loss()
+        loss = model.loss(rows[:, :-1], rows[:, 1:]) + model.take_index_loss()
         loss.backward()
         optimizer.step()
         model.zero_grad()
@@ -280,10 +333,26 @@ def test_the_two_stages_move_what_they_should():
     with torch.no_grad():
         assert torch.allclose(model.eval()(rows), dense(rows), atol=1e-5)
     model.train()
-    assert step() == {n for n in before if ".indexer." in n}
+    everything = {name for name, _ in model.named_parameters()}
+    assert step() == {name for name in everything if ".indexer." in name}
     model.warm_up(False)
-    moved = step()
-    assert {n for n in before if ".indexer." not in n and "layernorm" not in n} - moved == set()
+    assert not any(attention.dense for attention in model.attentions())
+    assert step() == everything
+
+
+def test_an_index_loss_is_taken_once():
+    """Else a layer that the next pass leaves out, as MTP's, would give its old graph again."""
+    model = model_of(replace(TINY, num_nextn_predict_layers=1)).train()
+    rows = tokens_of(2, 33)
+    loss, further = model.losses(rows, 0.3)
+    parts = [a.index_loss.item() for a in model.attentions()]
+    taken = model.take_index_loss()
+    assert len(parts) == 4 and math.isclose(taken.item(), sum(parts), rel_tol=1e-6)
+    (loss + further + taken).backward()
+    copy.deepcopy(model.mtp)
+    (model.loss(rows[:, :-1], rows[:, 1:]) + model.take_index_loss()).backward()
+    with pytest.raises(ValueError, match="no index loss"):
+        model.take_index_loss()
 
 
 def test_warm_up_teaches_the_indexer():
@@ -325,14 +394,18 @@ def test_logits_and_gradients_are_transformers(scaling, tmp_path):
     got, want = model(tokens), theirs(tokens).logits
     assert (got - want).abs().max() <= 1e-4
     upstream = torch.randn_like(got)
-    ours = dict(base.released_tensors(model))
     (got * upstream).sum().backward()
     (want * upstream).sum().backward()
-    for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"):
-        mine = model.model.layers[1].self_attn.get_submodule(name).weight.grad
-        other = theirs.model.layers[1].self_attn.get_submodule(name).weight.grad
-        assert (mine - other).abs().max() <= 1e-4 * (1 + other.abs().max()), name
-    assert any("indexer.wq_b" in name for name in ours)
+    other = dict(theirs.named_parameters())
+    compared = 0
+    for name, parameter in model.named_parameters():
+        if ".indexer." in name:
+            assert parameter.grad is None
+        elif ".experts." not in name:  # stacked in another way; 03 compares them
+            error = (parameter.grad - other[name].grad).abs().max()
+            assert error <= 1e-4 * (1 + other[name].grad.abs().max()), name
+            compared += 1
+    assert compared > 30
 
 
 def test_their_checkpoint_is_ours(tmp_path):
@@ -370,7 +443,7 @@ def test_drafts_and_unequal_prompts_write_the_same():
 
 
 def test_released_files_in_fp8_and_back(tmp_path):
-    """wq_b and wk in blocks, weights_proj and k_norm not: as V3.2's own files."""
+    """wq_b and wk in blocks; weights_proj and k_norm stay as wide as they are."""
     model = model_of(replace(TINY, num_nextn_predict_layers=1, moe_intermediate_size=128))
     released.save_released(model, tmp_path / "out", in_fp8=True)
     shards = released.Shards(tmp_path / "out")
@@ -396,7 +469,11 @@ def test_released_files_in_fp8_and_back(tmp_path):
         error = (ours(c) - theirs(c)).norm() / theirs(c).norm()
         assert error < 0.05, error  # E4M3 keeps 4 bits of a number
     assert isinstance(kept.attentions()[1].indexer.wk, released.StoredLinear)
-    assert kept.generate([[1, 2, 3] * 5], 3)
+    with torch.no_grad():  # 5 tokens, fewer than are read: no choice that could flip
+        got, want = (
+            m.model.layers[0](torch.randn(1, 5, 64, generator=seeded())) for m in (kept, wide)
+        )
+    assert (got - want).norm() / want.norm() < 0.05
     with pytest.raises(ValueError, match="model_type 'deepseek_v32'"):
         released.load_released(tmp_path / "out")
 
@@ -434,6 +511,12 @@ def test_the_released_config_builds_v32():
     assert model_of().new_caches(1, 1)[0].entries.numel() == 32 + 8 + 20  # V3.2: 512 + 64 + 128
 
 
+def test_a_config_may_have_any_widths():
+    raw = V32_JSON | {"qk_rope_head_dim": 160, "index_head_dim": 192, "index_topk": 5}
+    config = chapter.SparseConfig.from_dict(raw)
+    assert (config.qk_rope_head_dim, config.index_head_dim, config.index_topk) == (160, 192, 5)
+
+
 def test_configs_of_other_models_are_refused():
     with pytest.raises(ValueError, match="model_type 'deepseek_v3': want 'deepseek_v32'"):
         chapter.SparseConfig.from_dict(V32_JSON | {"model_type": "deepseek_v3"})
@@ -452,6 +535,18 @@ def test_a_dense_model_becomes_sparse():
         few = chapter.SparseDeepSeek.from_dense(dense, 8, 16, index_topk=4).eval()
         assert not torch.allclose(few(tokens), dense(tokens), atol=1e-3)
         assert torch.allclose(few(tokens)[:, :4], dense(tokens)[:, :4], atol=1e-5)
+
+
+def test_what_cannot_become_sparse_is_said(tmp_path):
+    model = model_of(replace(TINY, moe_intermediate_size=128))
+    with pytest.raises(ValueError, match="has indexers already"):
+        chapter.SparseDeepSeek.from_dense(model, 8, 16, 4)
+    released.save_released(base.DeepSeek(base_config(model.config)), tmp_path / "out", in_fp8=True)
+    kept = released.load_released(tmp_path / "out", keep_fp8=True)
+    with pytest.raises(ValueError, match="keeps FP8 codes"):
+        chapter.SparseDeepSeek.from_dense(kept, 8, 16, 4)
+    half = chapter.SparseDeepSeek.from_dense(base.DeepSeek(base_config()).bfloat16(), 8, 16, 4)
+    assert half.attentions()[0].indexer.wk.weight.dtype == torch.bfloat16
 
 
 def test_bf16_reads_the_same_tokens_in_both_forms():
@@ -482,20 +577,41 @@ def test_a_batch_asks_what_it_told():
         assert [told[k] for k in keys[row, 256:].tolist()] == want[row].tolist()
 
 
+@pytest.mark.slow
+def test_the_lesson(tmp_path):
+    command = [sys.executable, "10_sparse_attention.py", "--out", str(tmp_path), "--seed", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    checks, measures = import_module("benchmarks.record").receipt(done.stdout.splitlines())
+    assert len(checks) == 13 and all(check["ok"] for check in checks)
+    right = {m["name"].removeprefix("right_"): m["value"] for m in measures}
+    assert right["sparse_training"] > 0.9 > 0.3 > right["untrained_indexer"]
+    assert (tmp_path / "10_sparse_attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_checks_of_the_lesson(capsys):
+    chapter.verify_layer(torch.device("cpu"))
+    chapter.verify_learning(torch.device("cpu"))
+    assert capsys.readouterr().out.count("ok\n") == 12
+
+
 def test_numbers_of_the_docstring():
     dense = 131072 * 128 * (2 * 512 + 64)
     sparse = 131072 * 64 * 128 + 2048 * 128 * (2 * 512 + 64)
     assert math.isclose(dense, 18.3e9, rel_tol=0.005) and math.isclose(sparse, 1.4e9, rel_tol=0.04)
-    assert 64 * 128 == 8192 and 128 * (2 * 512 + 64) == 139264
+    assert 2 * 512 + 64 == 1088
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("topk", [6, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decoding_on_a_gpu(dtype):
+@pytest.mark.parametrize("paged", [False, True])
+def test_decoding_on_a_gpu(dtype, topk, paged):
     """A token at a time, by 02's kernels, beside the mask over all."""
-    layer, x = layer_of(dtype=dtype).cuda(), torch.randn(2, 60, 32).to("cuda", dtype)
+    layer, x = layer_of(topk, dtype).cuda(), torch.randn(2, 60, 32).to("cuda", dtype)
     with torch.no_grad():
-        cache = mla.LatentCache(2, 60, 16, 12, x.device, dtype)
+        kind = mla.PagedLatentCache if paged else mla.LatentCache
+        cache = kind(2, 64, 16, 12, x.device, dtype)
         got = torch.cat([layer(token, cache, gather=True) for token in x.split(1, 1)], 1)
         want = layer(x, gather=False)
     error = (got - want).float().norm() / want.float().norm()
