@@ -483,13 +483,13 @@ class Reader(nn.Module):
         self.key, self.value = nn.Embedding(self.KEYS, 64), nn.Embedding(self.VALUES + 1, 64)
         self.norm, self.out = nn.RMSNorm(64, eps=1e-6), nn.RMSNorm(64, eps=1e-6)
         sizes |= {"index_n_heads": 4, "index_head_dim": 16, "index_topk": index_topk}
-        self.attention = SparseLatentAttention(**sizes)
+        self.attention = SparseLatentAttention(**sizes, attention=base.cpu_or_gpu_attention)
         self.head = nn.Linear(64, self.VALUES, bias=False)
 
     def forward(self, keys: Tensor, values: Tensor) -> Tensor:
         return self.head(self.out(self.attention(self.norm(self.key(keys) + self.value(values)))))
 
-    def batch(self, size: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys (B, 320), values (B, 320), the answers to the last 64 (B, 64)."""
         device, V = self.head.weight.device, self.VALUES
         keys = torch.rand(size, self.KEYS, device=device).argsort(-1)
@@ -512,7 +512,7 @@ def learn(reader: Reader, parameters: list, rate: float, index: bool) -> Iterato
     optimizer = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.95))
     reader.train(index)
     while True:
-        loss, right = reader.answers(reader.batch())
+        loss, right = reader.answers(reader.batch(8 if index else 16))
         index_loss = reader.attention.index_loss if index else torch.zeros_like(loss)
         (loss + index_loss).backward()
         optimizer.step()
