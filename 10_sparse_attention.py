@@ -95,7 +95,7 @@ def layer_reference(layer: "SparseLatentAttention", x: Tensor) -> Tensor:
 
 # %% 2. The pieces ---------------------------------------------------------------------------
 
-AT_A_TIME = 2**25  # numbers that are made for some of the queries
+AT_A_TIME = 2**25  # numbers, where each query makes many
 
 
 class LightningIndexer(nn.Module):
@@ -176,6 +176,13 @@ def index_divergence(attended: Tensor, scores: Tensor, chosen: Tensor) -> Tensor
     return each.sum() / max(1, each.numel())
 
 
+def as_rows(part: Tensor, cache: "mla.LatentCache | None") -> Tensor:
+    """Some channels of a cache's entries as (B, S, ·): those of a pool by their pages."""
+    if cache is None or cache.pages is None:
+        return part
+    return mla.unpaged(part, cache.pages, cache.lengths, cache.used)[:, : cache.used]
+
+
 class SparseLatentAttention(mla.MultiHeadLatentAttention):
     """02's layer, reading only the `index_topk` tokens that its indexer scores highest.
 
@@ -210,40 +217,29 @@ class SparseLatentAttention(mla.MultiHeadLatentAttention):
         q = self.queries(q_low, cos, sin)  # (B, H, T, N), (B, H, T, R)
         latent, k_rope = self.latents(x, cos, sin)
         index_keys = self.indexer.keys(x.detach(), cos, sin)  # (B, T, E)
-        lengths, pages, spelled = x.new_full((B,), T, dtype=torch.int64), None, lambda part: part
         if cache is None:
-            entries = torch.cat((latent, k_rope), -1)
+            entries, lengths = torch.cat((latent, k_rope), -1), torch.full((B,), T, device=x.device)
         else:
             both = cache.append(latent, torch.cat((k_rope, index_keys), -1))
             entries, index_keys = both.split((sum(self.latent_split), index_keys.shape[-1]), -1)
-            lengths, pages = cache.lengths, cache.pages
-            if pages is not None:
-                spelled = lambda part: mla.unpaged(part, pages, lengths, cache.used)[
-                    :, : cache.used
-                ]
+            lengths = cache.lengths
         S = T if cache is None else cache.used
         training = self.training and learning and cache is None
         everything = self.dense or S <= self.index_topk
         if everything and not training:
-            if T == 1 and pages is None and (cache is None or cache.even):
-                lengths = None  # it sees all there is
-            if S > T and T < self.absorb_below:  # as in 02
-                out = self.absorbed(*q, entries, lengths, pages).transpose(1, 2)
-            else:
-                mask = mla.visible(lengths, T, S) if S > T else None
-                out = self.read(*q, spelled(entries), mask)
-            return self.o_proj(out.flatten(2))
-        index = self.indexer.queries(x.detach(), q_low.detach(), cos, sin)
-        index_keys = spelled(index_keys)  # (B, S, E)
+            return self.o_proj(self.read_all(*q, entries, lengths, cache).flatten(2))
+        index = (
+            *self.indexer.queries(x.detach(), q_low.detach(), cos, sin),
+            as_rows(index_keys, cache),
+        )
         if gather is None:
             gather = not learning and self.gathering_pays(T, S)
         if gather and not training:
-            even = cache is None or cache.even
-            out = self.read_gathered(*q, entries, (*index, index_keys), lengths, pages, even)
+            out = self.read_gathered(*q, entries, index, lengths, cache)
         else:
-            seen = mla.visible(lengths, T, S)[:, 0]  # (B, T, S)
-            scores, entries = index_scores(*index, index_keys), spelled(entries)
+            seen, scores = mla.visible(lengths, T, S)[:, 0], index_scores(*index)  # (B, T, S)
             chosen = seen if everything else highest(scores, seen, self.index_topk)
+            entries = as_rows(entries, cache)
             out = self.read(*q, entries, chosen[:, None])
             if training:
                 attended = self.attended(*q, entries, chosen)
@@ -260,19 +256,32 @@ class SparseLatentAttention(mla.MultiHeadLatentAttention):
         latent, k_rope = entries.to(q_nope.dtype).split(self.latent_split, -1)
         return self.explicit(q_nope, q_rope, latent, k_rope, mask).transpose(1, 2)
 
+    def read_all(
+        self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, lengths: Tensor, cache
+    ) -> Tensor:
+        """As 02 does: absorbed for a few queries behind others -> (B, T, H, V)."""
+        T, S = q_nope.shape[2], entries.shape[1] if cache is None else cache.used
+        if S > T and T < self.absorb_below:
+            if T == 1 and cache.even and cache.pages is None:
+                lengths = None  # it sees all there is
+            return self.absorbed(q_nope, q_rope, entries, lengths, cache.pages).transpose(1, 2)
+        mask = mla.visible(lengths, T, S) if S > T else None
+        return self.read(q_nope, q_rope, as_rows(entries, cache), mask)
+
     def read_gathered(
         self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, index: tuple[Tensor, Tensor, Tensor],
-        lengths: Tensor, pages: Tensor | None = None, even: bool = False,
+        lengths: Tensor, cache=None,
     ) -> Tensor:  # fmt: skip
         """The K entries that each query scores highest, as a cache of its own -> (B, T, H, V).
 
-        entries: (B, S, L + R), or 02's pool with pages; index: arguments of `index_scores`; even:
-        all lengths are S. Some queries at a time, each with its K entries and S scores.
+        entries: (B, S, L + R), or the pool of a paged cache; index: arguments of `index_scores`.
+        Some queries at a time, each with its K entries and S scores.
         """
         index_q, w, index_keys = index
         (B, T, _), S, size, device = w.shape, index_keys.shape[1], entries.shape[1], entries.device
         K, row = min(self.index_topk, S), torch.arange(B, device=device)[:, None]
         count, out = max(1, AT_A_TIME // max(1, B * (K * entries.shape[-1] + S))), []
+        pages, even = (None, True) if cache is None else (cache.pages, cache.even)
         full = even and S - T + 1 >= K  # each query sees as many as it reads
         ends = lengths[:, None] - T + torch.arange(1, T + 1, device=device)  # (B, T)
         parts = (q_nope, 2), (q_rope, 2), (index_q, 2), (w, 1), (ends, 1)
@@ -610,7 +619,7 @@ def decode(device: torch.device, contexts: list[int], rounds: int) -> dict[str, 
         index, lengths = (index_q, w, index_keys), torch.tensor([S], device=device)
         ms = race({
             "V3": partial(layer.absorbed, *q, entries.contiguous()),
-            "V3.2": partial(layer.read_gathered, *q, entries, index, lengths, even=True),
+            "V3.2": partial(layer.read_gathered, *q, entries, index, lengths),
             "of that, index scores": partial(index_scores, *index),
         }, device, rounds)  # fmt: skip
         for name, value in ms.items():
