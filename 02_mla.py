@@ -927,7 +927,7 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is not None and len(cache.lengths) != B:
             raise ValueError(f"cache has {len(cache.lengths)} rows, x has {B}")
         begin = cache.used if cache is not None and cache.even else 0
-        positions = torch.arange(begin, begin + T, device=x.device)
+        positions = torch.arange(begin, begin + T, device=x.device)  # (T,)
         even = cache is None or cache.even
         return positions if even else cache.lengths[:, None] + positions
 
@@ -937,9 +937,9 @@ class MultiHeadLatentAttention(nn.Module):
             return x
         return self.normed(self.q_a_layernorm, self.q_a_proj(x))
 
-    def queries(self, c: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Eq. 7-9: latent (B, T, Q) -> without position (B, H, T, N), turned (B, H, T, R)."""
-        q = self.q_proj(c) if self.q_lora_rank is None else self.q_b_proj(c)
+    def queries(self, q_low: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 7-9: what `query_latent` gave -> no position (B, H, T, N), turned (B, H, T, R)."""
+        q = self.q_proj(q_low) if self.q_lora_rank is None else self.q_b_proj(q_low)
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, N + R)
         q_nope, q_rope = q.split(self.q_split, -1)
         cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # (1, T, R/2) or (B, 1, T, R/2)

@@ -91,6 +91,7 @@ MOONLIGHT = replace(
 KIMI_K2 = replace(
     base.V3, vocab_size=163840, first_k_dense_replace=1, num_attention_heads=64,
     n_routed_experts=384, n_group=1, topk_group=1, routed_scaling_factor=2.827, rope_theta=50000.0,
+    rope_scaling=base.V3.rope_scaling | {"factor": 32, "beta_fast": 1, "beta_slow": 1},
     max_position_embeddings=131072, num_nextn_predict_layers=0, bos_token_id=163584,
     eos_token_id=163585,
 )  # fmt: skip

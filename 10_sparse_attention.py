@@ -40,8 +40,6 @@ Run:  python 10_sparse_attention.py [--bench]          41 s on two CPU cores, 45
 import argparse
 import itertools
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -52,8 +50,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+attn = import_module("01_attention")  # race
 mla = import_module("02_mla")  # MultiHeadLatentAttention, LatentCache, apply_rope, visible
 base = import_module("06_train")  # DeepSeek, DeepSeekConfig, Block
+check, measure = base.check, base.measure
 
 # %% 1. The equations, word for word ---------------------------------------------------------
 
@@ -104,7 +104,7 @@ class LightningIndexer(nn.Module):
     Its rotary channels come first and are turned in halves, unlike those of the attention beside
     it; its keys have a LayerNorm, with a bias. Parameters carry the names of the released files.
     q_lora_rank None: it reads x, as the queries beside it do (V3.2 has no such model).
-    linear: class of wq_b and wk; weights_proj is never narrow, in the released files neither.
+    linear: class of wq_b and wk; weights_proj is not FP8 in V3.2 either.
     """
 
     def __init__(
@@ -223,15 +223,14 @@ class SparseLatentAttention(mla.MultiHeadLatentAttention):
             both = cache.append(latent, torch.cat((k_rope, index_keys), -1))
             entries, index_keys = both.split((sum(self.latent_split), index_keys.shape[-1]), -1)
             lengths = cache.lengths
+        # entries (B, S, L + R), index_keys (B, S, E); of a paged cache they are its pool's
         S = T if cache is None else cache.used
         training = self.training and learning and cache is None
         everything = self.dense or S <= self.index_topk
         if everything and not training:
             return self.o_proj(self.read_all(*q, entries, lengths, cache).flatten(2))
-        index = (
-            *self.indexer.queries(x.detach(), q_low.detach(), cos, sin),
-            as_rows(index_keys, cache),
-        )
+        index_q, w = self.indexer.queries(x.detach(), q_low.detach(), cos, sin)
+        index = index_q, w, as_rows(index_keys, cache)  # (B, J, T, E), (B, T, J), (B, S, E)
         if gather is None:
             gather = not learning and self.gathering_pays(T, S)
         if gather and not training:
@@ -257,8 +256,9 @@ class SparseLatentAttention(mla.MultiHeadLatentAttention):
         return self.explicit(q_nope, q_rope, latent, k_rope, mask).transpose(1, 2)
 
     def read_all(
-        self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, lengths: Tensor, cache
-    ) -> Tensor:
+        self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, lengths: Tensor,
+        cache: "mla.LatentCache | None",
+    ) -> Tensor:  # fmt: skip
         """As 02 does: absorbed for a few queries behind others -> (B, T, H, V)."""
         T, S = q_nope.shape[2], entries.shape[1] if cache is None else cache.used
         if S > T and T < self.absorb_below:
@@ -270,7 +270,7 @@ class SparseLatentAttention(mla.MultiHeadLatentAttention):
 
     def read_gathered(
         self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, index: tuple[Tensor, Tensor, Tensor],
-        lengths: Tensor, cache=None,
+        lengths: Tensor, cache: "mla.LatentCache | None" = None,
     ) -> Tensor:  # fmt: skip
         """The K entries that each query scores highest, as a cache of its own -> (B, T, H, V).
 
@@ -409,26 +409,6 @@ INDEX = {"index_n_heads": 16, "index_head_dim": 8, "index_topk": 6}
 EXACT = 1e-12  # float64: sums of about 100 terms of size 1, each off by 1e-16
 
 
-# same as 01_attention.py
-def check(name: str, got: Tensor, want: Tensor, tol: float) -> None:
-    """Print the worst absolute error beside its tolerance; stop the chapter if it is over."""
-    if got.shape != want.shape:  # broadcasting would hide the difference
-        raise SystemExit(
-            f"check    {name}: got {tuple(got.shape)}, want {tuple(want.shape)}   WRONG"
-        )
-    error = (got.cpu().double() - want.cpu().double()).abs().max().item()
-    ok = error <= tol  # False for NaN too
-    print(f"check    {name:<44} error {error:.1e}   tol {tol:.0e}   {'ok' if ok else 'WRONG'}")
-    if not ok:
-        raise SystemExit(1)
-
-
-# same as 01_attention.py
-def measure(name: str, value: float, text: str = "") -> None:
-    """Print one measured number: identifier, value, free text (unit, rival, paper's value)."""
-    print(f"measure  {name:<44} {value:.5g} {text}".rstrip())
-
-
 def verify_layer(device: torch.device) -> None:
     """Against the equations, against 02's layer where K is enough for all, and through a cache."""
     x = torch.randn(2, 40, 32, dtype=torch.float64)
@@ -457,7 +437,7 @@ def verify_learning(device: torch.device) -> None:
     p, scores = torch.tensor([[[0.5, 0.25, 0.25, 0.0]]]), torch.tensor([[[1.0, 1.0, 1.0, 9.0]]])
     by_hand = 0.5 * math.log(1.5) + 0.5 * math.log(0.75)  # against a third each
     kl = index_divergence(p, scores, torch.tensor([[[True, True, True, False]]]))
-    check("eq. 3, by hand", kl, torch.tensor(by_hand), 1e-6)
+    check("eq. 3, by hand", kl, torch.tensor(by_hand), 1e-6)  # logarithms of order 1 in fp32
     layer = SparseLatentAttention(**SIZES, **INDEX).to(device).train()
     out = layer(torch.randn(2, 40, 32, device=device))
     indexer = list(layer.indexer.parameters())
@@ -549,6 +529,7 @@ def train_reader(device: torch.device, index_topk: int = 16) -> Reader:
     for _ in itertools.islice(learn(reader, all_weights, 1e-3, index=True), 60):
         pass
     sparse = report(reader, "sparse_training", "60 steps of all weights, eq. 4")
+    # such shares of 4,096 answers scatter by 0.002; an untrained indexer's is 0.87 off
     check("right answers: reading 16 = reading all", sparse, dense, 0.05)
     return reader.eval()
 
@@ -575,7 +556,7 @@ def compare_choices(reader: Reader, sizes: list[int]) -> dict[str, list[float]]:
         "its indexer": index_scores(*index),
         "its attention to all": attention.attended(*q, entries, seen),
         "the last": torch.arange(T, device=x.device).float().expand_as(seen),
-        "any": torch.rand(seen.shape, device=x.device),
+        "at random": torch.rand(seen.shape, device=x.device),
     }
     right = {name: [] for name in scores}
     for K, (name, score) in itertools.product(sizes, scores.items()):
@@ -586,20 +567,6 @@ def compare_choices(reader: Reader, sizes: list[int]) -> dict[str, list[float]]:
 
 
 # %% 6. How fast? ----------------------------------------------------------------------------
-
-
-# same as 01_attention.py
-def race(tasks: dict[str, Callable], device: torch.device, rounds: int = 9) -> dict[str, float]:
-    """Median milliseconds of each task; every round runs them all, so drift hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in range(rounds + 1):
-        for name, task in tasks.items():
-            begin = time.perf_counter()
-            task()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}  # [0]: warm-up
 
 
 @torch.no_grad()
@@ -617,7 +584,7 @@ def decode(device: torch.device, contexts: list[int], rounds: int) -> dict[str, 
     for S in contexts:
         entries, index_keys = make(1, S, 576 + 128).split((576, 128), -1)
         index, lengths = (index_q, w, index_keys), torch.tensor([S], device=device)
-        ms = race({
+        ms = attn.race({
             "V3": partial(layer.absorbed, *q, entries.contiguous()),
             "V3.2": partial(layer.read_gathered, *q, entries, index, lengths),
             "of that, index scores": partial(index_scores, *index),

@@ -5,7 +5,7 @@ DeepSeek-V3.2 (arXiv:2512.02556, §2.1): warm-up of the indexers, then sparse tr
 second, on the same batches: the model as it was, trained on, and one that reads the last tokens
 instead. Bits per byte of all held-out text.
 
-Run:  python benchmarks/sparse.py runs/nano [--read 32]          5 minutes on two CPU cores
+Run:  python benchmarks/sparse.py runs/nano [--read 32]          6 minutes on two CPU cores
 """
 
 import argparse

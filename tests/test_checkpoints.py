@@ -482,6 +482,12 @@ def test_kimi_k2_is_a_v3_of_other_sizes(tmp_path):
     assert (got - want).abs().max() <= 1e-4
 
 
+def test_a_cpu_has_a_number_too(monkeypatch):
+    words = ["08_checkpoints.py", "folder", "--compile", "--device", "cpu:0"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert chapter.arguments().compile
+
+
 def test_damaged_files_are_named(tmp_path):
     model = model_of()
     chapter.save_released(model, tmp_path / "whole")
