@@ -439,9 +439,9 @@ def verify_learning(device: torch.device) -> None:
     kl = index_divergence(p, scores, torch.tensor([[[True, True, True, False]]]))
     check("eq. 3, by hand", kl, torch.tensor(by_hand), 1e-6)  # logarithms of order 1 in fp32
     layer = SparseLatentAttention(**SIZES, **INDEX).to(device).train()
-    out = layer(torch.randn(2, 40, 32, device=device))
-    indexer = list(layer.indexer.parameters())
-    others = [p for p in layer.parameters() if not any(p is own for own in indexer)]
+    x = torch.randn(2, 40, 32, device=device, requires_grad=True)  # of the layers before
+    out, indexer = layer(x), list(layer.indexer.parameters())
+    others = [x, *(p for p in layer.parameters() if not any(p is own for own in indexer))]
 
     def reached(loss: Tensor, parameters: list) -> Tensor:
         grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)

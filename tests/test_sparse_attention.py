@@ -295,6 +295,39 @@ def test_index_loss_by_loops_and_its_gradient(dense):
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-12) and ours.any()
 
 
+def test_no_gradient_of_the_index_loss_leaves_the_indexer():
+    """To the layers before either: both of its inputs are detached."""
+    layer = layer_of(dtype=torch.float32).train()
+    x = torch.randn(2, 12, 32, requires_grad=True)
+    layer(x)
+    layer.index_loss.backward()
+    reached = {name for name, p in layer.named_parameters() if p.grad is not None and p.grad.any()}
+    assert x.grad is None and reached == {
+        "indexer.wq_b.weight", "indexer.wk.weight", "indexer.k_norm.weight",
+        "indexer.k_norm.bias", "indexer.weights_proj.weight",
+    }  # fmt: skip
+
+
+def test_scores_are_as_large_as_the_released_ones():
+    """Their size chooses nothing, but it is the softmax's in eq. 3 and 4: 1/√(J·E)."""
+    layer, x = layer_of(), torch.randn(2, 12, 32, dtype=torch.float64)
+    cos, sin = layer.cos_sin(torch.arange(12), x.dtype)
+    _, w = layer.indexer.queries(x, layer.query_latent(x), cos, sin)
+    want = layer.indexer.weights_proj(x) / math.sqrt(16 * 8)
+    assert torch.allclose(w, want, rtol=0, atol=1e-12)
+
+
+def test_while_learning_nothing_is_gathered(monkeypatch):
+    layer, x = layer_of().eval(), torch.randn(1, 30, 32, dtype=torch.float64)
+    monkeypatch.setattr(layer, "gathering_pays", lambda T, S: True)
+    with torch.no_grad():
+        want = layer(x)
+    monkeypatch.setattr(layer, "read_gathered", None)
+    assert torch.allclose(layer(x), want, rtol=0, atol=1e-12)
+    with torch.no_grad(), pytest.raises(TypeError):
+        layer(x)
+
+
 def test_index_loss_is_left_by_training_alone():
     layer, x = layer_of(dtype=torch.float32), torch.randn(1, 12, 32)
     for mode, gradients, cache, left in (
