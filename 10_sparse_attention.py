@@ -34,7 +34,7 @@ The choice passes no gradient, so the indexer learns from eq. 3 and 4 alone, and
 detached: no gradient of its loss reaches the model. [2] keeps kᴵ in FP8, after a Hadamard turn of
 both sides that no product feels; here it is one more part of the cache's entry, in its dtype.
 
-Run:  python 10_sparse_attention.py [--bench]          41 s on two CPU cores, 45 s with --bench
+Run:  python 10_sparse_attention.py [--bench]          40 s on two CPU cores, 45 s with --bench
 """
 
 import argparse
