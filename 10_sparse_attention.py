@@ -122,6 +122,7 @@ class LightningIndexer(nn.Module):
         self.weights_proj = nn.Linear(hidden_size, index_n_heads, bias=False)
 
     def turned(self, channels: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(..., T, E) -> the same, the first R channels turned."""
         first, rest = channels.split((self.rotary, channels.shape[-1] - self.rotary), -1)
         return torch.cat((mla.apply_rope(first, cos, sin, interleaved=False), rest), -1)
 
@@ -154,7 +155,7 @@ def index_scores(q: Tensor, w: Tensor, k: Tensor) -> Tensor:
             # the keys on the left: a long transposed matrix would be copied
             products = k @ q_rows.transpose(1, 2).flatten(1, 2).mT  # (B, S, J for each query)
             by_query = products.relu().to(wide).unflatten(-1, (-1, J)).transpose(1, 2)
-            scores.append((by_query @ w_rows)[..., 0])  # (B, some of T, S)
+            scores.append((by_query @ w_rows)[..., 0])  # (B, some of T, S, J) -> (B, some of T, S)
     return torch.cat(scores, 1)
 
 
