@@ -438,6 +438,25 @@ if triton is not None:
             total += tl.sum(weight[:, None] * part, 0)
         tl.store(out + row * L + c, total.to(out.dtype.element_ty), mask=c < L)
 
+    @triton.jit
+    def by_head_kernel(
+        x, weight, out, x_b, x_h, x_t, w_h, w_o, w_i, out_b, out_h, out_t, T, O, I,
+        BO: tl.constexpr, BI: tl.constexpr,
+    ):  # fmt: skip
+        """BO of the O numbers of W[h] x[b, h, t], one row and head; all where strides say."""
+        row, h, o = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2) * BO
+        b, t, o = (row // T).to(tl.int64), row % T, o + tl.arange(0, BO)
+        x_row, matrix = x + b * x_b + h * x_h + t * x_t, weight + h * w_h
+        total = tl.zeros((BO, BI), tl.float32)
+        for start in range(0, I, BI):
+            i = start + tl.arange(0, BI)
+            inside = (o[:, None] < O) & (i[None, :] < I)
+            w = tl.load(matrix + o[:, None] * w_o + i[None, :] * w_i, mask=inside, other=0.0)
+            row_part = tl.load(x_row + i, mask=i < I, other=0.0)
+            total += w.to(tl.float32) * row_part[None, :].to(tl.float32)
+        value = tl.sum(total, 1).to(out.dtype.element_ty)
+        tl.store(out + b * out_b + h * out_h + t * out_t + o, value, mask=o < O)
+
 
 # The same for tiles of 64 rows on Hopper, warp by warp in Gluon, Triton's lower language; --bench
 # times both. 512 channels of sums are too many registers for one group of warps: two share them.
@@ -721,8 +740,8 @@ def decode_config(
 
 @lru_cache
 def split_count(programs: int, blocks: int, at_a_time: int) -> int:
-    """Into how many chunks of two blocks of 64 slots or more to cut a sequence: as many as make all
-    rounds of programs end after the fewest blocks."""
+    """Into how many chunks of two blocks or more to cut a sequence: as many as make all rounds of
+    programs end after the fewest blocks."""
     steps = lambda n: triton.cdiv(programs * n, at_a_time) * triton.cdiv(blocks, n)
     return min(range(1, 1 + max(1, min(blocks // 2, 4 * at_a_time // programs))), key=steps)
 
@@ -736,7 +755,8 @@ def gpu(device: torch.device) -> tuple[tuple[int, int], int]:
 
 
 def launch_decode(q, entries, kv_lora_rank: int, scale: float, lengths, pages, config) -> Tensor:
-    """`mla_decode` by its kernels: as many chunks as keep the GPU busy, of 128 slots or more.
+    """`mla_decode` by its kernels: as many chunks as keep the GPU busy, of 128 slots or more; in
+    fp32, which the tensor cores don't multiply, of 32.
 
     config: of `mla_decode_kernel`; None: `mla_hopper_kernel`, which has one shape.
     """
@@ -745,10 +765,10 @@ def launch_decode(q, entries, kv_lora_rank: int, scale: float, lengths, pages, c
     S, R, ROWS = pages.shape[1] * PAGE if PAGE else entries.shape[1], width - L, H * T
     q, lengths = q.to(entries.dtype).contiguous(), lengths.contiguous()
     pages = None if pages is None else pages.contiguous()
-    programs = triton.cdiv(ROWS, BM) * parts * B
-    at_a_time, blocks = each * (gpu(q.device)[1] if q.is_cuda else 132), triton.cdiv(S, 64)
+    programs, block = triton.cdiv(ROWS, BM) * parts * B, 16 if entries.itemsize == 4 else 64
+    at_a_time, blocks = each * (gpu(q.device)[1] if q.is_cuda else 132), triton.cdiv(S, block)
     splits = split_count(programs, blocks, at_a_time)
-    chunk = triton.cdiv(S, splits * 64) * 64
+    chunk = triton.cdiv(S, splits * block) * block
     splits = triton.cdiv(S, chunk)
     out = torch.empty(B, H, T, L, dtype=entries.dtype, device=q.device)
     pieces = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
@@ -853,6 +873,24 @@ def mla_decode(
         out = F.scaled_dot_product_attention(rows, entries, entries, mask, scale=scale)
     # (B, 1, H·T, L + R): of the values the last R are none, but to slice them off first would copy
     return out[:, 0, :, :kv_lora_rank].unflatten(1, (H, -1))  # (B, H, T, L)
+
+
+def few_rows_on_gpu(q: Tensor) -> bool:
+    """(B, H, T, …) of a model that decodes: for so few rows a product only reads its weights."""
+    fits = triton is not None and q.is_cuda and q.itemsize <= 4 and q.numel() > 0
+    return fits and q.shape[0] * q.shape[2] <= 4 and not torch.is_grad_enabled()
+
+
+def by_head(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """out[b, h, t] = weight[h] x[b, h, t], by a kernel that reads all three where they lie.
+
+    x: (B, H, T, I), weight: (H, O, I), out: (B, H, T, O); the last axes of x and out are dense.
+    """
+    (B, H, T, I), O = x.shape, weight.shape[1]
+    grid, strides = (B * T, H, triton.cdiv(O, 32)), (t.stride()[:3] for t in (x, weight, out))
+    with torch.cuda.device_of(x):
+        by_head_kernel[grid](x, weight, out, *sum(strides, ()), T, O, I, BO=32, BI=32)
+    return out
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -971,14 +1009,21 @@ class MultiHeadLatentAttention(nn.Module):
         B, H, T, _ = q_nope.shape
         w = self.kv_b_proj.weight.to(q_nope.dtype).unflatten(0, (H, -1))  # (H, N + V, L)
         w_uk, w_uv = w.split(self.kv_split, 1)  # (H, N, L), (H, V, L)
-        q_latent = q_nope.transpose(0, 1).flatten(1, 2) @ w_uk  # (H, B·T, L)
-        q_latent = q_latent.unflatten(1, (B, T)).transpose(0, 1)  # (B, H, T, L)
-        q = torch.cat((q_latent, q_rope), -1)  # (B, H, T, L + R)
-        L = self.latent_split[0]
+        (L, R), few = self.latent_split, few_rows_on_gpu(q_nope)
+        if few:
+            q = q_nope.new_empty(B, H, T, L + R)
+            by_head(q_nope, w_uk.mT, q[..., :L])
+            q[..., L:] = q_rope
+        else:
+            q_latent = q_nope.transpose(0, 1).flatten(1, 2) @ w_uk  # (H, B·T, L)
+            q_latent = q_latent.unflatten(1, (B, T)).transpose(0, 1)  # (B, H, T, L)
+            q = torch.cat((q_latent, q_rope), -1)  # (B, H, T, L + R)
         mixed = mla_decode(q, entries, L, self.scale, lengths=lengths, pages=pages)  # (B, H, T, L)
-        by_head = mixed.to(q.dtype).transpose(0, 1).flatten(1, 2)  # (H, B·T, L)
-        out = w_uv @ by_head.mT  # (H, V, B·T); turned round, bf16 takes 4x as long on a CPU
-        return out.unflatten(-1, (B, T)).permute(2, 0, 3, 1)
+        mixed = mixed.to(q.dtype)
+        if few:
+            return by_head(mixed, w_uv, q.new_empty(B, T, H, w_uv.shape[1]).transpose(1, 2))
+        out = w_uv @ mixed.transpose(0, 1).flatten(1, 2).mT  # (H, V, B·T), in this order: turned
+        return out.unflatten(-1, (B, T)).permute(2, 0, 3, 1)  # round, bf16 takes 4x as long on CPUs
 
     @property
     def absorb_below(self) -> float:

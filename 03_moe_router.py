@@ -174,7 +174,8 @@ class Router(nn.Module):
         """
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
-            logits = F.linear(x.to(wide), self.weight.to(wide))
+            product = few_rows if are_few(x, 2) else F.linear
+            logits = product(x.to(wide), self.weight.to(wide))
         scores = logits.sigmoid() if self.scoring_func == "sigmoid" else logits.softmax(-1)
         indices = self.choose(scores.detach())
         weights = scores.gather(-1, indices)  # of the scores alone: the bias has done its work
@@ -228,11 +229,14 @@ class SwiGLU(nn.Module):
 
 
 def few_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ of a few rows on a CPU: x (n, I), weight (O, I) -> (n, O).
+    """x Wᵀ of a few rows, without a gradient: x (n, I), weight (O, I) -> (n, O).
 
-    The time is that of reading the weight, and in bf16 it depends on the routine that reads: mv for
-    one row, and the weight on the left for more, are sooner done than linear (see --bench).
+    The time is that of reading the weight. On a CPU it depends on the routine that reads, in bf16:
+    mv for one row, and the weight on the left for more, are sooner done than linear (see --bench).
+    On a GPU a kernel reads, which gives a row the same bits alone and among others.
     """
+    if has_kernels(x):
+        return few_products(x, weight)
     if weight.dtype.itemsize > 2:
         return F.linear(x, weight)
     return torch.mv(weight, x[0])[None] if len(x) == 1 else (weight @ x.T).T
@@ -418,6 +422,62 @@ if triton is not None:
             row = tl.load(rows_of_token + n * K + k)
             total += tl.load(rows + row * D + d, mask=d < D, other=0.0).to(tl.float32)
         tl.store(out + n * D + d, total.to(out.dtype.element_ty), mask=d < D)
+
+    # A decoded token is one row, and a tile of one row is no product for the tensor cores: the time
+    # is that of reading the weights, so each program reads BO of their rows, as they lie. A row's
+    # numbers come out the same alone and beside another.
+
+    @triton.jit
+    def few_rows_kernel(
+        x, weight, out, chosen, O, I, TOP: tl.constexpr, PAIR: tl.constexpr, BO: tl.constexpr,
+        BI: tl.constexpr,
+    ):  # fmt: skip
+        """BO outputs of one token: Σ over its TOP rows r of x of W[chosen[r]] x[r]; PAIR: of two.
+
+        x: (N·TOP, I), chosen: (N·TOP,) or None, weight: (E, O, I), or (O, I) -> out: (N, O).
+        """
+        n, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BO + tl.arange(0, BO)
+        total, second = tl.zeros((BO, BI), tl.float32), tl.zeros((BO, BI), tl.float32)
+        for r in range(n * TOP, n * TOP + TOP):
+            matrix = weight
+            if chosen is not None:
+                matrix += tl.load(chosen + r).to(tl.int64) * O * I
+            for start in range(0, I, BI):
+                i = start + tl.arange(0, BI)
+                inside = (o[:, None] < O) & (i[None, :] < I)
+                at = matrix + o[:, None].to(tl.int64) * I + i[None, :]
+                w = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+                row = tl.load(x + r * I + i, mask=i < I, other=0.0).to(tl.float32)
+                total += w * row[None, :]
+                if PAIR:
+                    row = tl.load(x + (r + 1) * I + i, mask=i < I, other=0.0).to(tl.float32)
+                    second += w * row[None, :]
+        tl.store(out + n * O + o, tl.sum(total, 1).to(out.dtype.element_ty), mask=o < O)
+        if PAIR:
+            tl.store(out + O + o, tl.sum(second, 1).to(out.dtype.element_ty), mask=o < O)
+
+    @triton.jit
+    def few_gate_up_kernel(
+        x, gate_up, out, chosen, weights, I, D, TOP: tl.constexpr, BO: tl.constexpr,
+        BI: tl.constexpr,
+    ):  # fmt: skip
+        """BO of silu(gate) · up · its weight, of one pair of token and expert.
+
+        x: (N, D), gate_up: (E, 2 I, D), chosen, weights: (N·TOP,) -> out: (N·TOP, I).
+        """
+        r, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BO + tl.arange(0, BO)
+        matrix = gate_up + tl.load(chosen + r).to(tl.int64) * 2 * I * D
+        gate, up = tl.zeros((BO, BI), tl.float32), tl.zeros((BO, BI), tl.float32)
+        for start in range(0, D, BI):
+            d = start + tl.arange(0, BI)
+            inside = (o[:, None] < I) & (d[None, :] < D)
+            at = matrix + o[:, None].to(tl.int64) * D + d[None, :]
+            row = tl.load(x + r // TOP * D + d, mask=d < D, other=0.0)[None, :].to(tl.float32)
+            gate += tl.load(at, mask=inside, other=0.0).to(tl.float32) * row
+            up += tl.load(at + I * D, mask=inside, other=0.0).to(tl.float32) * row
+        g, weight = tl.sum(gate, 1), tl.load(weights + r).to(tl.float32)
+        value = g * tl.sigmoid(g) * tl.sum(up, 1) * weight
+        tl.store(out + r * I + o, value.to(out.dtype.element_ty), mask=o < I)
 
 
 # A third kernel does all three products on a Hopper, warp by warp in Gluon, Triton's lower language
@@ -904,6 +964,26 @@ def has_kernels(x: Tensor) -> bool:
     return x.is_cuda and triton is not None and wide
 
 
+FEW = {"BO": 2, "BI": 512, "num_warps": 2}  # rows of weights and columns that a program holds
+
+
+def are_few(x: Tensor, most: int) -> bool:
+    """Rows of a model that decodes on a GPU, for which the kernels that read weights are faster."""
+    return has_kernels(x) and 0 < len(x) <= most and not torch.is_grad_enabled()
+
+
+def few_products(x: Tensor, weight: Tensor, chosen: Tensor | None = None) -> Tensor:
+    """`few_rows_kernel`: x (n, I), weight (O, I) -> (n, O); chosen: (N, K) experts, for each token
+    the sum over its K rows of x (N·K, I), weight (E, O, I) -> (N, O)."""
+    top, (O, I) = 1 if chosen is None else chosen.shape[1], weight.shape[-2:]
+    out, pair = x.new_empty(len(x) // top, O), chosen is None and len(x) == 2
+    with torch.cuda.device_of(x):
+        few_rows_kernel[1 if pair else len(out), triton.cdiv(O, FEW["BO"])](
+            x.contiguous(), weight.contiguous(), out, chosen, O, I, TOP=top, PAIR=pair, **FEW
+        )
+    return out
+
+
 def grouped_gemm(x: Tensor, weight: Tensor, sizes: Tensor, routes=(None, None)) -> Tensor:
     """Each expert's rows times its own matrix, transposed: y = x W_eᵀ, in the dtype of x.
 
@@ -1038,7 +1118,10 @@ class Experts(nn.Module):
                 return self.of_few_compiled(x, indices, weights)
             if N * K < len(load):
                 return self.of_few(x, indices, weights, load)
-        by_expert = indices.flatten().to(torch.int32)  # shorter keys are sorted faster
+        if self.grouped_gemm is None and are_few(x, 8):
+            return self.of_few_on_gpu(x, indices, weights)
+        keys = torch.uint8 if kind == "cuda" and len(load) <= 256 else torch.int32
+        by_expert = indices.flatten().to(keys)  # shorter keys are sorted faster
         order = by_expert.argsort(stable=True)  # the (token, k) pairs by expert: N·K
         token_of_row, row = order // K, torch.arange(N * K, device=x.device)
         sizes, P = load, N * K
@@ -1073,6 +1156,17 @@ class Experts(nn.Module):
             result.copy_(few_rows(F.silu(gate) * up, self.down_proj[e].to(x.dtype)))
         by_token = torch.empty_like(out).index_copy_(0, order, out).view(N, K, -1)
         return (weights.to(x.dtype)[:, None] @ by_token)[:, 0]  # (N, 1, K) @ (N, K, D) -> (N, D)
+
+    def of_few_on_gpu(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """The same by two kernels that read the chosen experts where they lie, none sorted."""
+        (N, K), (_, D, I) = indices.shape, self.down_proj.shape
+        hidden, chosen = x.new_empty(N * K, I), indices.contiguous()
+        with torch.cuda.device_of(x):
+            few_gate_up_kernel[N * K, triton.cdiv(I, FEW["BO"])](
+                x.contiguous(), self.gate_up_proj, hidden, chosen, weights.contiguous(), I, D,
+                TOP=K, **FEW,
+            )  # fmt: skip
+        return few_products(hidden, self.down_proj, chosen)
 
     def of_few_compiled(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """The same for torch.compile: two loops that read the chosen experts where they lie, so
@@ -1424,15 +1518,30 @@ def smooth(values: list[float], width: int = 20) -> list[float]:
 
 # same as 01_attention.py
 def race(tasks: dict[str, Callable], device: torch.device, rounds: int = 9) -> dict[str, float]:
-    """Median milliseconds of each task; every round runs them all, so drift hits all alike."""
+    """Median milliseconds of each task; every round runs them all, so drift hits all alike.
+
+    On a GPU by its own clock, behind 2 ms of other work: Python is then ahead of it with launching,
+    as it is in the middle of a large model.
+    """
     times: dict[str, list[float]] = {name: [] for name in tasks}
+    if device.type == "cuda":
+        other = torch.empty(2**31, dtype=torch.uint8, device=device)
+        event = partial(torch.cuda.Event, enable_timing=True)
     for _ in range(rounds + 1):
         for name, task in tasks.items():
-            begin = time.perf_counter()
-            task()
             if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times[name].append(1e3 * (time.perf_counter() - begin))
+                for _ in range(4):
+                    other.zero_()
+                begin, end = event(), event()
+                begin.record()
+                task()
+                end.record()
+                end.synchronize()
+                times[name].append(begin.elapsed_time(end))
+                continue
+            start = time.perf_counter()
+            task()
+            times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values[1:]) for name, values in times.items()}  # [0]: warm-up
 
 
@@ -1459,8 +1568,9 @@ def bench(device: torch.device) -> None:
     N, D, I, E, K = 2048, 256, 128, 32, 4
     if device.type == "cuda":
         N, D, I, E, K = 8192, 2048, 1408, 64, 6
-    experts = Experts(E, D, I).to(device)
-    dense = SwiGLU(D, K * I).to(device)
+    experts, layer = Experts(E, D, I).to(device), MoE(D, I, E, K, 2, n_group=1, topk_group=1)
+    dense, wide = SwiGLU(D, K * I).to(device), SwiGLU(D, (K + 2) * I).to(device)
+    modules = experts, dense, layer.to(device), wide
     x, upstream = torch.randn(2, N, D, device=device)
     routes = []  # a new one each call: the loads of a real step are never those of the last
     for _ in range(16):
@@ -1474,8 +1584,8 @@ def bench(device: torch.device) -> None:
             x_in = x.detach().to(dtype).requires_grad_()
             y = function(x_in)
         y.backward(upstream.to(y.dtype))
-        for p in (*experts.parameters(), *dense.parameters()):
-            p.grad = None
+        for module in modules:
+            module.zero_grad()
 
     def routed(function: Callable, product: Callable | None = None) -> Callable:
         calls = iter(range(10**6))
@@ -1494,9 +1604,11 @@ def bench(device: torch.device) -> None:
     if device.type == "cpu":
         del kinds["bfloat16_weights"]
     for kind, (dtype, weights) in kinds.items():
-        for layer in experts, dense:
-            layer.to(weights)
+        for module in modules:
+            module.to(weights)
         tasks = {
+            "layer": lambda: step(layer),  # router, routed experts and two shared ones
+            "layer_dense": lambda: step(wide),
             "dense": lambda: step(dense),
             "ours": routed(experts),
             "one_by_one": routed(lambda *args: one_by_one(experts, *args)),
@@ -1505,7 +1617,8 @@ def bench(device: torch.device) -> None:
             tasks["torch_grouped_mm"] = routed(experts, torch_grouped_mm)
         ms = race(tasks, device)
         for name, value in ms.items():
-            text = f"ms   {value / ms['dense']:.2f}x dense   N={N} D={D} I={I} E={E} K={K}"
+            rival = "layer_dense" if name.startswith("layer") else "dense"
+            text = f"ms   {value / ms[rival]:.2f}x {rival}   N={N} D={D} I={I} E={E} K={K}"
             measure(f"step_{name}_{kind}_ms", value, text)
 
 
@@ -1535,6 +1648,19 @@ def bench_kernels(device: torch.device) -> None:
         mine, other = (triton.testing.do_bench(f, return_mode="median") for f in (ours, theirs))
         text = f"TFLOP/s, {other / mine:.2f}x torch's grouped_mm   goal 1"
         measure(f"grouped_{name}", 2 * N * K * D * 2 * I / mine / 1e9, text)
+    experts = Experts(E, D, I).to(device, torch.bfloat16)
+    for n in 1, 2, 8:
+        scores, token = torch.rand(n, E, device=device), make(n, D)
+        weights, indices = scores.topk(K)
+        load = indices.flatten().bincount(minlength=E)
+        us = {}
+        for name, product in ("few", None), ("grouped", grouped_gemm):
+            experts.grouped_gemm = product
+            decode = torch.no_grad()(partial(experts, token, indices, weights, load))
+            decode()
+            us[name] = 1e3 * triton.testing.do_bench_cudagraph(decode, return_mode="median")
+        text = f"µs, without gradients; {us['grouped']:.3g} as grouped products"
+        measure(f"experts_of_{n}", us["few"], text)
 
 
 @torch.no_grad()

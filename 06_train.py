@@ -60,6 +60,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -221,12 +222,13 @@ def narrow(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear, and 03's few_rows for the rows of a CPU that decodes."""
+    """nn.Linear, and 03's few_rows for the rows of a model that decodes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        few = x.dim() > 1 and x.dtype.itemsize == 2 and 0 < x[..., 0].numel() <= 32
-        alike = x.dtype == self.weight.dtype and self.bias is None
-        if not (few and alike) or x.device.type != "cpu" or torch.is_grad_enabled():
+        rows = x[..., 0].numel() if x.dim() > 1 and self.bias is None else 0
+        few = 0 < rows <= 32 and x.is_cpu and x.dtype.itemsize == 2
+        few = few or 0 < rows <= 2 and moe.has_kernels(x)
+        if not few or x.dtype != self.weight.dtype or torch.is_grad_enabled():
             return super().forward(x)
         return moe.few_rows(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
 
@@ -280,11 +282,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     is (softmax − onehot), so forward multiplies it into both operands and forgets the slice.
     """
 
-    ROWS = 256
+    ROWS = {"cpu": 256, "cuda": 2048}  # of a slice: what caches hold; what keeps a GPU busy
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, with_gradient=True):
-        wide, rows = torch.promote_types(weight.dtype, torch.float32), LinearCrossEntropy.ROWS
+        rows = LinearCrossEntropy.ROWS.get(weight.device.type, 256)
+        wide = torch.promote_types(weight.dtype, torch.float32)
         dh, dw = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
         total, weight = dw.new_zeros(()), weight.to(hidden.dtype)
         # written again for every slice: fresh memory would have to be paged in each time
@@ -368,11 +371,15 @@ class DeepSeek(nn.Module):
 
     def nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Σ −ln p(label) of states (N, D) and labels (N,); labels of -100 are left out."""
-        hidden = narrow(hidden)
-        if (labels < 0).any():
-            hidden, labels = hidden[labels != -100], labels[labels != -100]
+        hidden, left_out, extra = narrow(hidden), labels < 0, 0.0
+        if hidden.is_cuda:  # to ask how many they are would be to wait for the GPU
+            # a state of 0 has logits of 0: it costs ln V, and no gradient comes back through it
+            hidden, labels = hidden.masked_fill(left_out[:, None], 0.0), labels.clamp(min=0)
+            extra = left_out.sum() * math.log(self.config.vocab_size)
+        elif left_out.any():
+            hidden, labels = hidden[~left_out], labels[~left_out]
         arguments = hidden, self.lm_head.weight, labels, torch.is_grad_enabled()
-        return LinearCrossEntropy.apply(*arguments)
+        return LinearCrossEntropy.apply(*arguments) - extra
 
     def losses(self, rows: Tensor, mtp_weight: float) -> tuple[Tensor, Tensor | float]:
         """rows: (B, T + 1) -> the mean cross-entropy of T tokens; the MTP loss, weighted (05)."""
@@ -997,8 +1004,9 @@ def make_optimizer(model: DeepSeek, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def training_step(
-    model: DeepSeek, optimizer, recipe: Recipe, rows: list[Tensor], scale: float, mtp_weight: float
-) -> tuple[Tensor, Tensor | float, Tensor | None]:
+    model: DeepSeek, optimizer, recipe: Recipe, rows: list[Tensor], scale: float | Tensor,
+    mtp_weight: float | Tensor,
+) -> tuple[Tensor, Tensor | float, Tensor | None]:  # fmt: skip
     """One update from `accumulate` batches (B, T + 1) -> mean loss (nats), mean MTP loss, weighted,
     loads (layers, E), those of the MTP modules last: all of them over all processes."""
     device, mixtures = model.lm_head.weight.device, model.mixtures() + model.mtp_mixtures()
@@ -1023,6 +1031,50 @@ def training_step(
         if mixture.gate.e_score_correction_bias is not None:
             mixture.gate.update_bias(load, recipe.bias_update_speed * scale)
     return total, drafting, loads
+
+
+class GraphedStep:
+    """`training_step` on one GPU: after a few calls it is recorded as a CUDA graph and replayed.
+
+    A step is thousands of kernels of some µs each, and Python takes longer to launch one than most
+    of them run. A replay launches all at once. What it reads has a place of its own: the rows, the
+    learning rate's factor and the MTP loss's weight. What it returns, the next call overwrites.
+    """
+
+    WARM_UP = 3  # calls that compile kernels, choose tiles and make the optimizer's state
+
+    def __init__(self, model: DeepSeek, optimizer, recipe: Recipe):
+        self.arguments, self.graph, self.calls = (model, optimizer, recipe), None, 0
+        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        device, size = model.lm_head.weight.device, (recipe.batch_size, recipe.context + 1)
+        make = partial(torch.zeros, device=device)
+        self.rows = [make(size, dtype=torch.int64) for _ in range(recipe.accumulate)]
+        self.scale, self.mtp_weight = make(()), make(())
+        for group in optimizer.param_groups:
+            group["capturable"] = True  # it asks for nothing that only Python knows
+
+    def __call__(self, rows: list[Tensor], scale: float, mtp_weight: float) -> tuple:
+        for place, part in zip(self.rows, rows, strict=True):
+            place.copy_(part)
+        self.scale.fill_(scale)
+        self.mtp_weight.fill_(mtp_weight)
+        self.calls += 1
+        if self.graph is None:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            if self.calls <= self.WARM_UP:  # where it will be recorded: autograd remembers
+                with torch.cuda.stream(self.stream):
+                    self.out = self.step()
+                torch.cuda.current_stream().wait_stream(self.stream)
+                return self.out
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.out = self.step()
+            self.graph = graph
+        self.graph.replay()
+        return self.out
+
+    def step(self) -> tuple:
+        return training_step(*self.arguments, self.rows, self.scale, self.mtp_weight)
 
 
 @torch.no_grad()
@@ -1190,6 +1242,9 @@ def train(
     agreed = lambda own: over_ranks(torch.tensor(float(own), device=device), "mean").item()
     # a slice of the held-out text for the curve; all of it is read once, at the end
     probe = corpus.held_out[: 32 * recipe.context + 1]
+    graphed = device.type == "cuda" and rank_and_size()[1] == 1 and model.precision == "bf16"
+    arguments = model, optimizer, recipe
+    run_step = GraphedStep(*arguments) if graphed else partial(training_step, *arguments)
     model.train()
     reported, saved = int(share() * reports), state["seconds"]
     total = None if minutes else recipe.steps
@@ -1199,7 +1254,7 @@ def train(
             begin, scale = time.perf_counter(), recipe.scale(share())
             parts = [next(rows) for _ in range(recipe.accumulate)]
             weight = recipe.mtp_weight_at(share())
-            loss, drafting, loads = training_step(model, optimizer, recipe, parts, scale, weight)
+            loss, drafting, loads = run_step(parts, scale, weight)
             loss = loss.item()  # waits for the device
             if not math.isfinite(loss):
                 raise ValueError(f"loss {loss} at step {state['step'] + 1}: lower learning_rate")

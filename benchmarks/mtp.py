@@ -5,8 +5,8 @@ must be the same token for token with drafts and without. Costs and speeds are o
 interleaved, medians. The figure shows acceptance by position and kind of token, and speed-up
 against acceptance.
 
---graphs: passes and drafts are CUDA graphs, with drafts and without, so that what Python takes to
-launch them is not what is compared.
+--graphs: a step is one CUDA graph, with drafts (draft, verification, bookkeeping) and without, so
+that what Python takes to launch kernels is not what is compared.
 --ablation N instead trains the nano model for N steps with MTP and without, three seeds each, and
 compares the main head's held-out loss.
 
@@ -16,7 +16,7 @@ Run:  python benchmarks/mtp.py runs/nano            1 minute on two CPU cores
 """
 
 import argparse
-import copy
+import contextlib
 import json
 import math
 import statistics
@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -55,79 +56,177 @@ class FixedCache(chapter.mla.LatentCache):
         self.lengths.copy_(torch.as_tensor(lengths))
 
 
-class Replay:
-    """`function(*inputs, caches)` for one or two tokens as a CUDA graph, one for each shape.
+class Decoding:
+    """Greedy text of a batch, a step at a time: `step` as one CUDA graph, and what it remembers.
 
-    inputs: (B, T) or (B, T, C), caches: a FixedCache or a list of them. With anything else, and for
-    more tokens, it just calls.
+    `out` (B, n): what a step tells the host, which is all that the host waits for.
     """
 
-    def __init__(self, function: Callable):
-        self.function, self.recorded = function, {}
+    def __init__(self, model: "chapter.DeepSeek", batch: int, room: int, layers: int):
+        c, weight = model.config, model.lm_head.weight
+        self.model, self.rows = model, torch.arange(batch, device=weight.device)
+        sizes = batch, room, c.kv_lora_rank, c.qk_rope_head_dim
+        place = {"device": weight.device, "dtype": weight.dtype}
+        self.caches = [FixedCache(*sizes, **place) for _ in range(layers)]
+        self.lengths = self.rows.new_zeros(layers, batch)  # of all caches: cut by one kernel
+        for cache, lengths in zip(self.caches, self.lengths, strict=True):
+            cache.lengths = lengths
+        self.pending = self.rows.new_zeros(batch)  # chosen, and in no cache yet
 
-    def __deepcopy__(self, memo: dict) -> "Replay":
-        return Replay(copy.deepcopy(self.function, memo))  # of the copied module, if it is a method
-
-    def __call__(self, *arguments) -> torch.Tensor:
-        *inputs, caches = arguments
-        several = caches if isinstance(caches, list) else [caches]
-        if not isinstance(several[0], FixedCache) or inputs[0].shape[1] > 2:
-            return self.function(*arguments)
-        key = (*map(id, several), *(x.shape for x in inputs))
-        if key not in self.recorded:  # the caches too: alive, they keep their ids
-            self.recorded[key] = caches, *self.record(inputs, caches, several)
-        _, fixed, run, out = self.recorded[key]
-        for place, x in zip(fixed, inputs, strict=True):
-            place.copy_(x)
-        run()
-        return out.clone()
-
-    def record(self, inputs: list, caches, several: list[FixedCache]) -> tuple:
-        """-> where it reads its inputs, what runs it, where it leaves its output."""
-        fixed, lengths = [x.clone() for x in inputs], [cache.lengths.clone() for cache in several]
-
-        def once() -> torch.Tensor:
-            for cache, length in zip(several, lengths, strict=True):
-                cache.truncate(length)
-            return self.function(*fixed, caches)
-
-        if not inputs[0].is_cuda:
-            out = once()
-            run = lambda: out.copy_(self.function(*fixed, caches))
-        else:
+    def record(self) -> None:
+        """From now on `run` is `step`, on a GPU as a graph; the caches hold what nobody needs."""
+        self.run = self.step
+        if self.pending.is_cuda:
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # compiles the kernels, and times them
-                for _ in range(3):
-                    once()
+            with torch.cuda.stream(aside):
+                for _ in range(3):  # compiles the kernels
+                    self.step()
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                out = self.function(*fixed, caches)
-            run = graph.replay
-        for cache, length in zip(several, lengths, strict=True):
-            cache.truncate(length)
-        return fixed, run, out
+                self.step()
+            self.run = graph.replay
+
+    def read(self, prompts: list[list[int]]) -> torch.Tensor:
+        """The prompts into the main model's caches -> its states (B, T, C); `pending` follows."""
+        width = max(map(len, prompts))
+        padded = [prompt + [0] * (width - len(prompt)) for prompt in prompts]
+        self.padded = torch.tensor(padded, device=self.pending.device)
+        kept = torch.tensor([len(prompt) for prompt in prompts], device=self.pending.device)
+        self.lengths.zero_()
+        states = self.model.hidden(self.padded, self.caches[: len(self.model.model.layers)])
+        self.lengths.copy_(kept)
+        self.pending.copy_(self.model.head(states[self.rows, kept - 1]).argmax(-1))
+        return states
 
 
-def record_passes(model: "chapter.DeepSeek") -> None:
-    """From now on `model` decodes by graphs. Texts of a size share their caches: one at a time."""
-    made, c, weight = {}, model.config, model.lm_head.weight
+class Plain(Decoding):
+    def __init__(self, model: "chapter.DeepSeek", batch: int, room: int):
+        super().__init__(model, batch, room, len(model.model.layers))
+        self.record()
 
-    def new_caches(batch: int, max_tokens: int, layers: int | None = None) -> list[FixedCache]:
-        key = batch, -(-max_tokens // 256) * 256, layers
-        if key not in made:
-            sizes = *key[:2], c.kv_lora_rank, c.qk_rope_head_dim
-            place = {"device": weight.device, "dtype": weight.dtype}
-            count = c.num_hidden_layers if layers is None else layers
-            made[key] = [FixedCache(*sizes, **place) for _ in range(count)]
-        for cache in made[key]:
-            cache.truncate(0)
-        return made[key]
+    def step(self) -> None:
+        states = self.model.hidden(self.pending[:, None], self.caches)
+        self.pending.copy_(self.model.head(states[:, 0]).argmax(-1))
 
-    model.new_caches, model.hidden = new_caches, Replay(model.hidden)
-    for module in model.mtp:
-        module.forward = Replay(module.forward)
+    def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        self.read(prompts)
+        columns = [self.pending.tolist()]
+        while len(columns) < new:
+            self.run()
+            columns.append(self.pending.tolist())
+        return [list(row) for row in zip(*columns, strict=True)]
+
+
+class Speculative(Decoding):
+    """Draft, verification and what is kept of them: 05's loop at temperature 0."""
+
+    def __init__(self, model: "chapter.DeepSeek", module, batch: int, room: int):
+        super().__init__(model, batch, room, 1 + len(model.model.layers))
+        self.module, make = module, self.rows.new_zeros
+        self.kept, self.left = make(batch), make(batch)  # tokens in the caches; still to be written
+        self.fresh, self.joined = make(batch) + 1, make(batch, 2)  # pairs new to the module
+        self.states = self.model.lm_head.weight.new_zeros(batch, 2, model.config.hidden_size)
+        self.out = make(batch, 3)
+        self.record()
+
+    def draft(self) -> torch.Tensor:
+        embedded = self.model.embed(self.joined)
+        guess = self.module(embedded, self.states, self.caches[-1])[self.rows, self.fresh - 1]
+        return self.model.head(guess).argmax(-1)
+
+    def verify(self, draft: torch.Tensor) -> torch.Tensor:
+        tokens = torch.stack((self.pending, draft), 1)
+        self.states.copy_(self.model.hidden(tokens, self.caches[:-1]))
+        return self.model.head(self.states).argmax(-1)  # after the pending token; after the draft
+
+    def step(self) -> None:
+        draft = self.draft()
+        self.caches[-1].truncate(self.kept)  # the second pair may have been padding
+        after = self.verify(draft)
+        accepted = draft == after[:, 0]
+        chosen = torch.where(accepted, after[:, 1], after[:, 0])
+        self.out.copy_(torch.stack((accepted, draft, chosen), 1))
+        self.left -= 1 + accepted.long()
+        self.fresh.copy_((1 + accepted.long()) * (self.left > 0))  # ended rows run on the spot
+        self.kept += self.fresh
+        self.lengths[:-1].copy_(self.kept)  # a rejected draft leaves no trace
+        self.joined.copy_(torch.stack((torch.where(accepted, draft, chosen), chosen), 1))
+        self.pending.copy_(chosen)
+
+    def generate(self, prompts: list[list[int]], new: int) -> tuple[list, list]:
+        states = self.read(prompts)
+        self.kept.copy_(self.lengths[0])
+        joined = self.padded.roll(-1, 1)
+        joined[self.rows, self.kept - 1] = self.pending
+        self.lengths[-1].zero_()
+        self.module(self.model.embed(joined), states, self.caches[-1])
+        self.lengths[-1].copy_(self.kept - 1)  # the last pair comes again, in the first step
+        self.states.copy_(states[self.rows, self.kept - 1, None].expand(-1, 2, -1))
+        self.joined.copy_(self.pending[:, None].expand(-1, 2))
+        self.fresh.fill_(1)
+        self.left.fill_(new - 1)
+        texts, verdicts = [[token] for token in self.pending.tolist()], [[] for _ in prompts]
+        while any(len(text) < new for text in texts):
+            self.run()
+            for text, seen, (right, *two) in zip(texts, verdicts, self.out.tolist(), strict=True):
+                if len(text) < new:
+                    seen.append(bool(right))
+                    text += two[: new - len(text)] if right else two[1:]
+        return texts, verdicts
+
+
+class Draft(Speculative):
+    def step(self) -> None:
+        self.draft()
+
+
+class Verify(Speculative):
+    def step(self) -> None:
+        self.verify(self.pending)
+
+
+class Graphs:
+    """Stands in for what 05's report calls: a step is a graph, recorded once for each size."""
+
+    def __init__(self, model: "chapter.DeepSeek"):
+        self.model, self.made, self.draw = model, {}, mtp.speculative_generate
+
+    def of(self, kind: Callable, *module, prompts: list, new: int) -> Decoding:
+        room = -(-(max(map(len, prompts)) + new) // 256) * 256
+        key = kind, *module, len(prompts), room
+        if key not in self.made:
+            self.made[key] = kind(self.model, *module, len(prompts), room)
+        return self.made[key]
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        return self.of(Plain, prompts=prompts, new=new).generate(prompts, new)
+
+    @torch.no_grad()
+    def speculative_generate(self, model, module, prompts, new, temperature=0.0) -> tuple:
+        if temperature:  # what is drawn is not recorded
+            return self.draw(model, module, prompts, new, temperature)
+        return self.of(Speculative, module, prompts=prompts, new=new).generate(prompts, new)
+
+    @torch.no_grad()
+    def costs(self, model, module, prompt: list[int], rounds: int) -> dict[str, float]:
+        """As 05's, of graphs. A draft reads two pairs always: one of them may be padding."""
+        size = {"prompts": [prompt], "new": 2 * (rounds + 3)}
+        parts = {
+            "plain": self.of(Plain, **size),
+            "verify": self.of(Verify, module, **size),
+            "draft1": self.of(Draft, module, **size),
+        }
+        for part in parts.values():
+            part.read([prompt])
+        times = {name: [] for name in parts}
+        for _ in range(rounds + 3):
+            for name, part in parts.items():
+                times[name].append(mtp.seconds(part.run))
+        cost = {name: statistics.median(values[3:]) for name, values in times.items()}
+        return cost | {"draft2": cost["draft1"]}
 
 
 def drafts(run: Path, device: torch.device, graphs: bool, out: Path) -> None:
@@ -135,8 +234,6 @@ def drafts(run: Path, device: torch.device, graphs: bool, out: Path) -> None:
     model = chapter.DeepSeek.from_pretrained(run / "checkpoint", device).eval()
     if not model.mtp:
         raise ValueError(f"{run} has no MTP module to draft with")
-    if graphs:
-        record_passes(model)
     encoding = chapter.load_encoding(run / "checkpoint/encoding.json")
     dtype = chapter.token_dtype(encoding)
     held_out = np.memmap(run.parent / entry["data_digest"] / "held_out", dtype, "r")
@@ -151,7 +248,13 @@ def drafts(run: Path, device: torch.device, graphs: bool, out: Path) -> None:
         raise ValueError(f"{len(held_out)} tokens held out: want {width} at least")
     rows = torch.from_numpy(held_out[: count * width].astype(np.int64)).view(count, width)
     decode = lambda tokens: encoding.decode(tokens, errors="replace")
-    found = mtp.report(model, prompts, rows.to(device), decode, new=128)
+    with contextlib.ExitStack() as stack:
+        if graphs:
+            made = Graphs(model)
+            model.generate = made.generate
+            for name in "speculative_generate", "costs":
+                stack.enter_context(patch.object(mtp, name, getattr(made, name)))
+        found = mtp.report(model, prompts, rows.to(device), decode, new=128)
     figure = out / "mtp.png"
     mtp.draw(figure, **found)
     print(f"figure   {figure}")

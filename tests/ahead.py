@@ -150,6 +150,19 @@ def compile_decode(mla, capability: int, rows: int, kind="bf16", L=512, R=64, pa
     return compile_for(capability, mla.mla_decode_kernel, types, constants, aligned, **launch)
 
 
+def compile_by_head(mla, capability: int, turned: bool, kind="bf16") -> Compiled:
+    """The kernel of 02's as `by_head` would have it; turned: the weight's other axis is dense."""
+    strides = [
+        f"{t}_{axis}" for t, axes in (("x", "bht"), ("w", "hoi"), ("out", "bht")) for axis in axes
+    ]
+    types = dict.fromkeys(("x", "weight", "out"), f"*{kind}")
+    types |= dict.fromkeys((*strides, "T", "O", "I"), "i32")
+    one = "w_o" if turned else "w_i"
+    constants = {one: 1, "T": 1, "BO": 32, "BI": 32}
+    aligned = ["x", "weight", "out", "O", "I", *(name for name in strides if name != one)]
+    return compile_for(capability, mla.by_head_kernel, types, constants, aligned)
+
+
 def compile_grouped(
     moe, capability: int, which: str, config, kind="bf16", turned=False, gather=False
 ):
@@ -255,4 +268,28 @@ def compile_swiglu(moe, capability: int, kind="bf16") -> dict[str, Compiled]:
     types = {"rows": f"*{kind}", "rows_of_token": "*i64", "out": f"*{kind}", "D": "i32", "K": "i32"}
     aligned = ["rows", "rows_of_token", "out", "D"]
     built["combine"] = compile_for(capability, moe.combine_kernel, types, {"BLOCK": 1024}, aligned)
+    return built
+
+
+def compile_few(moe, capability: int, kind="bf16") -> dict[str, Compiled]:
+    """03's kernels for a few rows: of one matrix, of the chosen experts, their first halves."""
+    blocks = {name: moe.FEW[name] for name in ("BO", "BI")}
+    tensors = dict.fromkeys(("x", "weight", "out"), f"*{kind}") | {"chosen": "*i64"}
+    types, aligned = tensors | {"O": "i32", "I": "i32"}, [*tensors, "O", "I"]
+    rows = moe.few_rows_kernel
+    options = {"num_warps": moe.FEW["num_warps"]}
+    built = {
+        name: compile_for(capability, rows, types, constants | blocks, aligned, **options)
+        for name, constants in (
+            ("one", {"chosen": None, "TOP": 1, "PAIR": False}),
+            ("two", {"chosen": None, "TOP": 1, "PAIR": True}),
+            ("chosen", {"TOP": 8, "PAIR": False}),
+        )
+    }
+    tensors = dict.fromkeys(("x", "gate_up", "out"), f"*{kind}")
+    tensors |= {"chosen": "*i64", "weights": "*fp32"}
+    types, aligned = tensors | {"I": "i32", "D": "i32"}, [*tensors, "I", "D"]
+    built["gate_up"] = compile_for(
+        capability, moe.few_gate_up_kernel, types, {"TOP": 8} | blocks, aligned, **options
+    )
     return built

@@ -10,7 +10,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from ahead import SHARED_LIMIT, compile_decode, compile_hopper, interpret
+from ahead import SHARED_LIMIT, compile_by_head, compile_decode, compile_hopper, interpret
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -979,9 +979,10 @@ def compare(B, H, T, S, L, R, lengths=None, paged=False, dtype=torch.float32, co
 CASES = {
     "shapes": """
 compare(1, 1, 1, 1, 8, 8)
-compare(2, 4, 1, 300, 16, 8, [300, 1])  # three chunks; two of the second row's are empty
+compare(2, 4, 1, 300, 16, 8, [300, 1])  # ten chunks; nine of the second row's are empty
 compare(2, 4, 2, 300, 16, 8, [257, 2])  # the last chunk holds one slot, and the first query 0
-compare(1, 2, 1, 2000, 8, 8, [1990])  # eleven chunks
+compare(1, 2, 1, 2000, 8, 8, [1990])  # more than sixty
+compare(2, 4, 2, 300, 16, 8, [300, 129], dtype=torch.float16)  # three, of 128 slots
 compare(3, 20, 1, 200, 40, 12, paged=True)
 compare(2, 17, 2, 129, 24, 8, [129, 128], paged=True)
 for _ in range(8):
@@ -998,6 +999,22 @@ for capability in (8, 0), (8, 6), (9, 0), (10, 0), (12, 0):
             config = mla.decode_config(rows, 512, 2, capability, paged)
             compare(1, rows // 2, 2, 140, 512, 64, [140], paged, torch.float16, config)
 compare(1, 128, 1, 70, 300, 24, [69], True, torch.float16)  # two parts, the second one narrower
+""",
+    "by_head": """
+# absorption around the decode, as a GPU has it for a few rows; a head's part of wider projections
+layer = mla.MultiHeadLatentAttention(48, 3, 40, 24, 8, 20)
+for B, T in (1, 1), (1, 2), (2, 2), (4, 1):
+    q = torch.randn(B, T, 3, 32).transpose(1, 2).split((24, 8), -1)
+    entries, lengths = torch.randn(B, 9, 48), torch.randint(T, 10, (B,))
+    for dtype, tol in (torch.float32, 1e-6), (torch.float16, 3e-3):
+        given = [t.to(dtype) for t in (*q, entries)]
+        mla.few_rows_on_gpu = lambda q: False
+        want = layer.to(torch.float64).absorbed(*map(torch.Tensor.double, given), lengths)
+        mla.few_rows_on_gpu = lambda q: True
+        got = layer.to(dtype).absorbed(*given, lengths)
+        assert got.dtype == dtype and got.shape == want.shape
+        assert (got - want).abs().max() <= tol * want.abs().max()
+        assert got.transpose(1, 2).is_contiguous()  # as the output projection wants it
 """,
     "same_bits": """
 torch.manual_seed(1)
@@ -1034,6 +1051,13 @@ def test_decode_compiles_without_a_spill(capability, rows, page):
     assert each * got.shared <= 1024 * SHARED_LIMIT[capability]
     assert each * got.registers * 32 * warps <= 2**16
     assert ("mma.sync" if rows <= 32 else TENSOR_CORE[capability]) in got.ptx
+
+
+@TRITON
+@pytest.mark.parametrize("capability", TENSOR_CORE)
+def test_by_head_compiles_without_a_spill(capability):
+    for turned in False, True:
+        assert compile_by_head(mla, capability, turned).spilled == 0
 
 
 @TRITON
@@ -1123,6 +1147,29 @@ RAGGED = {
 
 
 @GLUON
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("B, T", [(1, 1), (1, 2), (2, 2), (4, 1)])
+def test_a_layer_decodes_a_few_rows_on_a_gpu(B, T, dtype, monkeypatch):
+    """Absorption by a kernel, where no gradient is asked for, beside the products of batches."""
+    layer = mla.MultiHeadLatentAttention(256, 8, 128, 64, 32, 64, q_lora_rank=96).cuda().to(dtype)
+    x = torch.randn(B, 90 + T, 256, device="cuda", dtype=dtype)
+    asked, by_head = [], mla.by_head
+    monkeypatch.setattr(mla, "by_head", lambda *a: asked.append(1) or by_head(*a))
+    found = []
+    for few in True, False:
+        cache = mla.LatentCache(B, 100, 128, 32, device="cuda", dtype=dtype)
+        with torch.no_grad():
+            layer(x[:, :90], cache)
+            if not few:
+                monkeypatch.setattr(mla, "few_rows_on_gpu", lambda q: False)
+            found.append(layer(x[:, 90:], cache))
+    assert len(asked) == 2
+    tol = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    assert (found[0] - found[1]).abs().max() <= tol * found[1].abs().max()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from ahead import (
     SHARED_LIMIT,
+    compile_few,
     compile_grouped,
     compile_grouped_hopper,
     compile_swiglu,
@@ -856,6 +857,29 @@ for P, I in (7, 5), (3, 64), (1, 1):
     want = F.embedding_bag(rows_of_token, rows, mode="sum")
     assert (moe.combine(rows, rows_of_token) - want).abs().max() <= 1e-6
 """,
+    "few": """
+# a token or a few, as a GPU decodes: beside float64; a row has the same bits alone
+moe.has_kernels = lambda x: True
+for N, K, E, D, I in (1, 1, 3, 7, 5), (2, 3, 8, 600, 21), (8, 2, 4, 33, 130):
+    for dtype, tol in (torch.float32, 1e-6), (torch.bfloat16, 1e-2):
+        experts, x = moe.Experts(E, D, I).to(dtype), torch.randn(N, D).to(dtype)
+        indices, w = torch.rand(N, E).topk(K).indices, torch.rand(N, K)
+        with torch.no_grad():
+            got = experts.of_few_on_gpu(x, indices, w)
+            alone = experts.of_few_on_gpu(x[-1:], indices[-1:], w[-1:])
+        want = torch.zeros(N, D, dtype=torch.float64)
+        for n in range(N):
+            for k, e in enumerate(indices[n].tolist()):
+                gate, up = (experts.gate_up_proj[e].double() @ x[n].double()).chunk(2)
+                hidden = gate * gate.sigmoid() * up * w[n, k]
+                want[n] += experts.down_proj[e].double() @ hidden
+        assert got.dtype == dtype and (got - want).abs().max() <= tol * want.abs().max()
+        assert torch.equal(got[-1:], alone)
+        rows, weight = torch.randn(N, 2 * D)[:, D:].to(dtype), experts.down_proj[-1].mT
+        got, want = moe.few_rows(rows, weight), rows.double() @ weight.double().T
+        assert got.dtype == dtype and (got - want).abs().max() <= tol * want.abs().max()
+        assert torch.equal(got[-1:], moe.few_rows(rows[-1:], weight))
+""",
     "layer": """
 # the autograd function, and a whole layer, as a GPU runs them: the same gradients as on a CPU
 moe.has_kernels = lambda x: True
@@ -914,7 +938,9 @@ def test_grouped_compiles_without_a_spill(capability, which, turned, gather):
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 @pytest.mark.parametrize("capability", TENSOR_CORE)
 def test_swiglu_and_combine_compile_without_a_spill(capability, kind):
-    for got in compile_swiglu(moe, capability, kind).values():
+    for got in (
+        compile_swiglu(moe, capability, kind) | compile_few(moe, capability, kind)
+    ).values():
         assert got.spilled == 0
 
 
@@ -1006,6 +1032,28 @@ def test_every_configuration_on_a_gpu(D, I, sizes, dtype):
                 for launch in moe.grouped_launches(which, operands, out_dtype, ends, turned):
                     error = (launch().double() - truth).abs().max()
                     assert error <= TOL[dtype] * truth.abs().max(), (which, turned, launch.args)
+
+
+@pytest.mark.gpu
+@GPU
+@DTYPES
+@pytest.mark.parametrize("N", [1, 2, 8])
+def test_a_few_tokens_on_a_gpu(N, dtype, monkeypatch):
+    """Without gradients by other kernels than with them; a token has the same bits alone."""
+    mixture = layer(D=600, I=130, dtype=torch.float32).cuda().to(dtype).eval()
+    x = torch.randn(1, N, 600, device="cuda", dtype=dtype)
+    want = mixture(x).detach()
+    asked, few = [], moe.Experts.of_few_on_gpu
+    monkeypatch.setattr(moe.Experts, "of_few_on_gpu", lambda *a: asked.append(1) or few(*a))
+    with torch.no_grad():
+        got, (indices, weights, _) = mixture(x), mixture.gate(x[0])
+        together = mixture.experts(x[0], indices, weights, mixture.load)
+        alone = mixture.experts(x[0, -1:], indices[-1:], weights[-1:], mixture.load)
+    assert len(asked) == 3 and torch.equal(together[-1:], alone)
+    assert (got - want).abs().max() <= 2 * TOL[dtype] * want.abs().max()
+    weight = torch.randn(130, 600, device="cuda").to(dtype)
+    got, want = moe.few_rows(x[0], weight), x[0].double() @ weight.double().T
+    assert (got - want).abs().max() <= TOL[dtype] * want.abs().max()
 
 
 @pytest.mark.gpu

@@ -692,22 +692,28 @@ GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
-def test_recorded_passes_write_the_same_texts(device):
-    """Alone and together, prompts of all lengths: on a CPU a pass is called instead of replayed."""
+def test_recorded_steps_write_the_same_texts(device):
+    """Alone and together, prompts of all lengths: on a CPU a step is called instead of replayed."""
     model = deepseek().to(device)
-    recorded = copy.deepcopy(model)
-    bench.record_passes(recorded)
+    graphs, module = bench.Graphs(model), model.mtp[0]
     for prompts in prompts_of(41, (1, 9, 40)), prompts_of(41, (30,)), prompts_of(41, (2, 2, 2)):
-        for options in {}, {"speculative": True}, {}:  # the last finds all that it needs recorded
-            want = model.generate(prompts, 50, **options)
-            got = recorded.generate(prompts, 50, **options)
-            gaps = [mtp.logit_gap(model, *texts) for texts in zip(prompts, want, got, strict=True)]
-            assert max(gaps) <= (0 if device == "cpu" else 1e-2)
-    # (B, width) of the passes: 3 rows or 1, 1 token or 2; the module after a draft that was refused
-    assert {key[-1] for key in recorded.hidden.recorded} == {(B, T) for B in (1, 3) for T in (1, 2)}
-    assert 2 <= len(recorded.mtp[0].forward.recorded) <= 4
-    worse = mtp.corrupted(recorded.mtp[0], 3.0)  # records anew, what is computed by its own weights
-    assert not worse.forward.recorded and worse.forward.function.__self__ is worse
+        for new in 50, 1, 50:  # the last finds all that it needs recorded
+            want = model.generate(prompts, new)
+            wanted = mtp.speculative_generate(model, module, prompts, new)
+            got = graphs.generate(prompts, new)
+            drafted, verdicts = graphs.speculative_generate(model, module, prompts, new)
+            for texts in zip(prompts * 2, want * 2, got + drafted, strict=True):
+                assert mtp.logit_gap(model, *texts) <= (0 if device == "cpu" else 1e-2)
+            if device == "cpu":
+                assert (drafted, verdicts) == wanted
+    sizes = {(key[0].__name__, *key[-2:]) for key in graphs.made}
+    assert sizes == {(kind, B, 256) for kind in ("Plain", "Speculative") for B in (1, 3)}
+    worse = mtp.corrupted(module, 3.0)
+    want, seen = mtp.speculative_generate(model, worse, prompts, 50)
+    got, verdicts = graphs.speculative_generate(model, worse, prompts, 50)
+    assert device == "cuda" or (got, verdicts) == (want, seen)  # not the first module's steps
+    cost = graphs.costs(model, module, prompts[0], rounds=3)
+    assert cost["draft1"] == cost["draft2"] and min(cost.values()) > 0
 
 
 def test_a_graph_finds_a_cache_where_it_was_recorded():

@@ -1,6 +1,7 @@
 """06_train.py against transformers, naive recomputation, and runs that are cut short."""
 
 import contextlib
+import copy
 import gzip
 import itertools
 import json
@@ -18,8 +19,10 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -794,6 +797,53 @@ def test_a_linear_layer_decodes_a_few_bf16_rows_its_own_way(shape, dtype, few, m
 def test_generate_refuses(prompts, new, options, words):
     with pytest.raises(ValueError, match=words):
         model_of().generate(prompts, new, **options)
+
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+DRAFTING = replace(TINY, num_nextn_predict_layers=1, eos_token_id=60)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_a_recorded_step_is_the_step(device):
+    """Rows, learning rate and MTP weight of each call reach the replay; the texts have borders."""
+    recipe = Recipe(8, 12, 4, accumulate=2, learning_rate=1e-2, bias_update_speed=0.02)
+    plain = model_of(DRAFTING).to(device).train()
+    graphed = copy.deepcopy(plain)
+    steps = [
+        partial(chapter.training_step, plain, chapter.make_optimizer(plain, recipe), recipe),
+        chapter.GraphedStep(graphed, chapter.make_optimizer(graphed, recipe), recipe),
+    ]
+    if device == "cpu":  # nothing is recorded there: what is replayed is computed again
+        replay = lambda: setattr(steps[1], "out", steps[1].step())
+        steps[1].graph = SimpleNamespace(replay=replay)
+    for call in range(8):
+        rows = [torch.randint(61, (4, 13)) for _ in range(2)]
+        settings = (call + 1) / 8, 0.3 if call < 5 else 0.1
+        (loss, drafting, loads), (*got, got_loads) = (step(rows, *settings) for step in steps)
+        # the same products, but bf16's on a GPU and the order of their sums
+        tol = {"rtol": 1e-5 if device == "cpu" else 1e-2, "atol": 0}
+        torch.testing.assert_close(torch.stack(got), torch.stack([loss, drafting]), **tol)
+        assert device == "cuda" or torch.equal(got_loads, loads)
+    assert (steps[1].calls, plain.lm_head.weight.device.type) == (8, device)
+    biases = [m.gate.e_score_correction_bias for m in plain.mixtures() + graphed.mixtures()]
+    assert all(b.abs().max() > 0.01 for b in biases)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_labels_left_out_cost_nothing_and_teach_nothing(device):
+    model, states = model_of().to(device), torch.randn(50, 32, device=device, requires_grad=True)
+    labels = torch.randint(61, (50,), device=device).masked_fill(
+        torch.rand(50, device=device) < 0.4, -100
+    )
+    want = F.cross_entropy(model.head(states), labels, reduction="sum")
+    wanted = torch.autograd.grad(want, (states, model.lm_head.weight))
+    got = model.nats(states, labels)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    for mine, other in zip(
+        torch.autograd.grad(got, (states, model.lm_head.weight)), wanted, strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    assert model.nats(states, torch.full_like(labels, -100)).abs() < 1e-3  # none is left
 
 
 def test_context_can_be_filled():
