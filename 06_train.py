@@ -1487,7 +1487,9 @@ def draw(run: Run, corpus: Corpus, bits: float, mixtures: int) -> None:
     for key, name in names.items():
         value = corpus.rivals[key]
         left.axhline(value, ls="--", lw=0.8, color="gray")
-        left.annotate(f"{name}: {value:.2f}", (steps[0], value), va="bottom", color="gray")
+        paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
+        spot = {"xy": (steps[0], value), "va": "bottom", "color": "gray", "bbox": paper}
+        left.annotate(f"{name}: {value:.2f}", **spot)
     lowest = min(bits, corpus.rivals["xz_given_training"])
     left.set(xlabel="step", ylabel="bits per byte", ylim=(min(1.2, 0.9 * lowest), 4))
     left.set_title(f"Unseen text takes {bits:.2f} bits a byte; xz needs {corpus.rivals['xz']:.2f}")
