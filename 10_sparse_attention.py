@@ -619,7 +619,7 @@ def draw(right: dict, sizes: list[int], ms: dict, contexts: list[int], out: Path
     index = sizes.index(16)
     figure.suptitle(
         f"The indexer finds {right['its indexer'][index]:.1%} of the answers in 16 of 320 tokens; "
-        f"at {contexts[-1] // 1024}k V3.2 is {ms['V3'][-1] / ms['V3.2'][-1]:.1f} times as fast as V3"
+        f"at {contexts[-1] // 1024}k V3.2 is {ms['V3'][-1] / ms['V3.2'][-1]:.1f} times as fast"
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)
