@@ -964,7 +964,7 @@ def has_kernels(x: Tensor) -> bool:
     return x.is_cuda and triton is not None and wide
 
 
-FEW = {"BO": 2, "BI": 512, "num_warps": 2}  # rows of weights and columns that a program holds
+FEW = 2, 512, 2  # rows of weights that a program holds, columns at a time, warps
 
 
 def are_few(x: Tensor, most: int) -> bool:
@@ -977,10 +977,12 @@ def few_products(x: Tensor, weight: Tensor, chosen: Tensor | None = None) -> Ten
     the sum over its K rows of x (N·K, I), weight (E, O, I) -> (N, O)."""
     top, (O, I) = 1 if chosen is None else chosen.shape[1], weight.shape[-2:]
     out, pair = x.new_empty(len(x) // top, O), chosen is None and len(x) == 2
+    BO, BI, warps = FEW
     with torch.cuda.device_of(x):
-        few_rows_kernel[1 if pair else len(out), triton.cdiv(O, FEW["BO"])](
-            x.contiguous(), weight.contiguous(), out, chosen, O, I, TOP=top, PAIR=pair, **FEW
-        )
+        few_rows_kernel[1 if pair else len(out), triton.cdiv(O, BO)](
+            x.contiguous(), weight.contiguous(), out, chosen, O, I, TOP=top, PAIR=pair, BO=BO,
+            BI=BI, num_warps=warps,
+        )  # fmt: skip
     return out
 
 
@@ -1160,11 +1162,11 @@ class Experts(nn.Module):
     def of_few_on_gpu(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """The same by two kernels that read the chosen experts where they lie, none sorted."""
         (N, K), (_, D, I) = indices.shape, self.down_proj.shape
-        hidden, chosen = x.new_empty(N * K, I), indices.contiguous()
+        hidden, chosen, (BO, BI, warps) = x.new_empty(N * K, I), indices.contiguous(), FEW
         with torch.cuda.device_of(x):
-            few_gate_up_kernel[N * K, triton.cdiv(I, FEW["BO"])](
-                x.contiguous(), self.gate_up_proj, hidden, chosen, weights.contiguous(), I, D,
-                TOP=K, **FEW,
+            few_gate_up_kernel[N * K, triton.cdiv(I, BO)](
+                x.contiguous(), self.gate_up_proj.contiguous(), hidden, chosen,
+                weights.contiguous(), I, D, TOP=K, BO=BO, BI=BI, num_warps=warps,
             )  # fmt: skip
         return few_products(hidden, self.down_proj, chosen)
 
@@ -1516,32 +1518,33 @@ def smooth(values: list[float], width: int = 20) -> list[float]:
 # %% 5. How fast? ----------------------------------------------------------------------------
 
 
-# same as 01_attention.py
 def race(tasks: dict[str, Callable], device: torch.device, rounds: int = 9) -> dict[str, float]:
     """Median milliseconds of each task; every round runs them all, so drift hits all alike.
 
     On a GPU by its own clock, behind 2 ms of other work: Python is then ahead of it with launching,
     as it is in the middle of a large model.
     """
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    if device.type == "cuda":
-        other = torch.empty(2**31, dtype=torch.uint8, device=device)
-        event = partial(torch.cuda.Event, enable_timing=True)
+
+    def by_clock(task: Callable) -> float:
+        begin = time.perf_counter()
+        task()
+        return 1e3 * (time.perf_counter() - begin)
+
+    def by_events(task: Callable) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+        for _ in range(4):
+            other.zero_()
+        begin.record()
+        task()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    cuda, times = device.type == "cuda", {name: [] for name in tasks}
+    other = torch.empty(2**31 if cuda else 0, dtype=torch.uint8, device=device)
     for _ in range(rounds + 1):
         for name, task in tasks.items():
-            if device.type == "cuda":
-                for _ in range(4):
-                    other.zero_()
-                begin, end = event(), event()
-                begin.record()
-                task()
-                end.record()
-                end.synchronize()
-                times[name].append(begin.elapsed_time(end))
-                continue
-            start = time.perf_counter()
-            task()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append((by_events if cuda else by_clock)(task))
     return {name: statistics.median(values[1:]) for name, values in times.items()}  # [0]: warm-up
 
 

@@ -7,7 +7,8 @@ r"""05 · MTP: predict two tokens at a time; train on both, then let the second 
 DeepSeek-V3 guesses the token after the next one right 85-90 % of the time [1]. A pass that checks
 such a guess is hardly dearer than one that makes a token, and when the guess was right it has made
 two: 1.8 times the tokens a second, of the same text. (On a CPU and at a small size a draft costs
-0.6 of a pass, as the right figure shows: nothing is left to win, and the text is the same.)
+0.6 of a pass, as the right figure shows: nothing is left to win, and the text is the same. Eight
+layers that an H200 trained for a minute write 1.49 times as fast: benchmarks/mtp.py --graphs.)
 
     t₁ … t_T ─► trunk ─► norm ─► hᵢ ──────────┬────► head ─► P(tᵢ₊₁)        the main model
                                               ▼

@@ -1045,9 +1045,9 @@ class GraphedStep:
 
     def __init__(self, model: DeepSeek, optimizer, recipe: Recipe):
         self.arguments, self.graph, self.calls = (model, optimizer, recipe), None, 0
-        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         device, size = model.lm_head.weight.device, (recipe.batch_size, recipe.context + 1)
         make = partial(torch.zeros, device=device)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.rows = [make(size, dtype=torch.int64) for _ in range(recipe.accumulate)]
         self.scale, self.mtp_weight = make(()), make(())
         for group in optimizer.param_groups:
@@ -1060,12 +1060,13 @@ class GraphedStep:
         self.mtp_weight.fill_(mtp_weight)
         self.calls += 1
         if self.graph is None:
-            self.stream.wait_stream(torch.cuda.current_stream())
+            current = torch.cuda.current_stream(self.scale.device)
+            self.stream.wait_stream(current)
             if self.calls <= self.WARM_UP:  # where it will be recorded: autograd remembers
                 with torch.cuda.stream(self.stream):
-                    self.out = self.step()
-                torch.cuda.current_stream().wait_stream(self.stream)
-                return self.out
+                    out = self.step()
+                current.wait_stream(self.stream)
+                return out
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self.stream):
                 self.out = self.step()
@@ -1242,7 +1243,9 @@ def train(
     agreed = lambda own: over_ranks(torch.tensor(float(own), device=device), "mean").item()
     # a slice of the held-out text for the curve; all of it is read once, at the end
     probe = corpus.held_out[: 32 * recipe.context + 1]
-    graphed = device.type == "cuda" and rank_and_size()[1] == 1 and model.precision == "bf16"
+    # FP8's products, processes that share weights, and a GPU without Triton wait for its numbers
+    graphed = moe.has_kernels(model.lm_head.weight) and model.precision == "bf16"
+    graphed = graphed and rank_and_size()[1] == 1
     arguments = model, optimizer, recipe
     run_step = GraphedStep(*arguments) if graphed else partial(training_step, *arguments)
     model.train()

@@ -41,6 +41,7 @@ import argparse
 import base64
 import codecs
 import contextlib
+import copy
 import json
 import math
 import os
@@ -48,7 +49,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from types import MethodType
@@ -61,7 +62,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-moe = import_module("03_moe_router")  # Experts
+mla = import_module("02_mla")  # LatentCache
+moe = import_module("03_moe_router")  # Experts, has_kernels
 fp8 = import_module("04_fp8_gemm")  # quantize_blocks, quantize_tiles, dequantize, fp8_gemm
 base = import_module("06_train")  # DeepSeek, DeepSeekConfig, released_tensors, save_whole
 
@@ -808,19 +810,22 @@ class Talk:
 
 
 def compile_decoding(model: "base.DeepSeek") -> None:
-    """Let torch.compile fuse the pass that decodes one token of one row or a few (nano: 16).
+    """Take Python out of the pass that decodes a token: a small model waits for nothing else.
 
-    It takes half a minute, and as long again at the first text of several rows, and of unequal
-    ones. A small model on a CPU, whose time goes into calling its operations, then writes more than
-    twice as fast (benchmarks/checkpoints.py); it is not meant for one whose time goes into reading
-    its weights. Drafts (05) are as before. ValueError: a GPU (CUDA graphs are its way: see
-    benchmarks/mtp.py), FP8 products, or no C++ compiler.
+    On a GPU passes over one or two tokens, so drafts too, become CUDA graphs (`record_decoding`).
+    On a CPU torch.compile fuses the pass over one token of one row or a few (nano: 16): half a
+    minute, and as long again at the first text of several rows, and of unequal ones. A small model
+    then writes more than twice as fast (benchmarks/checkpoints.py), drafts are as before, and one
+    whose time goes into reading its weights gains nothing. ValueError: FP8 products, another kind
+    of device, no C++ compiler on a CPU, or no Triton on a GPU.
     """
     device, tensors = model.lm_head.weight.device, model.state_dict().values()
-    if device.type != "cpu":
-        raise ValueError(f"decoding is compiled for a CPU alone, and the model is on {device}")
     if model.precision == "fp8" or any(t.dtype == torch.float8_e4m3fn for t in tensors):
         raise ValueError("a model with FP8 products isn't compiled: load it without them")
+    if moe.has_kernels(model.lm_head.weight):
+        return record_decoding(model)
+    if device.type != "cpu":
+        raise ValueError(f"decoding is compiled on a CPU, or a GPU with Triton; not on {device}")
     c, plain = model.config, type(model).hidden
     few = 2 * c.n_routed_experts // c.num_experts_per_tok  # rows that of_few_compiled (03) takes
     compiled = torch.compile(plain, dynamic=True)
@@ -835,6 +840,102 @@ def compile_decoding(model: "base.DeepSeek") -> None:
     except torch._dynamo.exc.TorchDynamoException as error:
         del model.hidden  # the class's own shows again
         raise ValueError(f"this machine can't compile: {str(error).splitlines()[0]}") from None
+
+
+class FixedCache(mla.LatentCache):
+    """A LatentCache that a CUDA graph can fill: written in place, and always of all its slots.
+
+    Those at and past `lengths` are hidden from every query, as stale ones are.
+    """
+
+    def __init__(self, *sizes, **place):
+        super().__init__(*sizes, **place)
+        self.even = False  # where a row's slots begin is known to the GPU alone
+
+    def append(self, latent: Tensor, k_rope: Tensor) -> Tensor:
+        kept, self.used = self.lengths, 0
+        super().append(latent, k_rope)
+        self.lengths, self.used = kept.copy_(self.lengths), self.room
+        return self.entries
+
+    def truncate(self, lengths: Tensor | int) -> None:
+        self.lengths.copy_(torch.as_tensor(lengths))
+
+
+class Replay:
+    """`function(*inputs, caches)` for one or two tokens as a CUDA graph, one for each shape.
+
+    inputs: (B, T) or (B, T, C), caches: a FixedCache or a list of them. With anything else, for
+    more tokens, and where gradients are kept, it just calls.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.recorded = function, {}
+
+    def __deepcopy__(self, memo: dict) -> "Replay":
+        return Replay(copy.deepcopy(self.function, memo))  # of the copied module, if it is a method
+
+    def __call__(self, *arguments) -> Tensor:
+        *inputs, caches = arguments
+        several = caches if isinstance(caches, list) else [caches]
+        fits = isinstance(several[0], FixedCache) and inputs[0].shape[1] <= 2
+        if not fits or torch.is_grad_enabled():
+            return self.function(*arguments)
+        key = (*map(id, several), *(x.shape for x in inputs))
+        if key not in self.recorded:  # the caches too: alive, they keep their ids
+            self.recorded[key] = caches, *self.record(inputs, caches, several)
+        _, fixed, run, out = self.recorded[key]
+        for place, x in zip(fixed, inputs, strict=True):
+            place.copy_(x)
+        run()
+        return out.clone()
+
+    def record(self, inputs: list, caches, several: list[FixedCache]) -> tuple:
+        """-> where it reads its inputs, what runs it, where it leaves its output."""
+        fixed, lengths = [x.clone() for x in inputs], [cache.lengths.clone() for cache in several]
+
+        def once() -> Tensor:
+            for cache, length in zip(several, lengths, strict=True):
+                cache.truncate(length)
+            return self.function(*fixed, caches)
+
+        if not inputs[0].is_cuda:
+            out = once()
+            run = lambda: out.copy_(self.function(*fixed, caches))
+        else:
+            aside = torch.cuda.Stream(inputs[0].device)
+            aside.wait_stream(torch.cuda.current_stream(inputs[0].device))
+            with torch.cuda.stream(aside):  # compiles the kernels, and times them
+                for _ in range(3):
+                    once()
+            torch.cuda.current_stream(inputs[0].device).wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = self.function(*fixed, caches)
+            run = graph.replay
+        for cache, length in zip(several, lengths, strict=True):
+            cache.truncate(length)
+        return fixed, run, out
+
+
+def record_decoding(model: "base.DeepSeek") -> None:
+    """From now on `model` decodes by graphs. Texts of a size share their caches: one at a time."""
+    made, new_caches = {}, model.new_caches
+
+    def fixed_caches(batch: int, max_tokens: int, layers: int | None = None) -> list[FixedCache]:
+        room = max(256, 1 << (max_tokens - 1).bit_length())  # so that a growing talk records few
+        key = batch, room, layers
+        if key not in made:
+            like = new_caches(batch, room, layers)
+            place = {"device": like[0].entries.device, "dtype": like[0].entries.dtype}
+            made[key] = [FixedCache(batch, room, *cache.widths, **place) for cache in like]
+        for cache in made[key]:
+            cache.truncate(0)
+        return made[key]
+
+    model.new_caches, model.hidden = fixed_caches, Replay(model.hidden)
+    for module in model.mtp:
+        module.forward = Replay(module.forward)
 
 
 def chat(
@@ -1034,7 +1135,11 @@ def arguments() -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=256, help="of an answer (%(default)s)")
     add("--system", help="what the conversation begins with, where the model knows turns")
     add("--no-mtp", action="store_true", help="decode without drafts")
-    add("--compile", action="store_true", help="a small model decodes twice as fast, undrafted")
+    add(
+        "--compile",
+        action="store_true",
+        help="for a small model; on a CPU undrafted, twice as fast",
+    )
     add("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
     if args.out.exists() and not args.out.is_dir():
@@ -1043,8 +1148,6 @@ def arguments() -> argparse.Namespace:
         cli.error("--save, --fp8 and --compile want a FOLDER")
     if args.compile and (args.save or args.fp8):
         cli.error("--compile is for a chat, and not for weights kept in FP8")
-    if args.compile and args.device.split(":")[0] != "cpu":
-        cli.error(f"--compile wants --device cpu, got {args.device}")
     try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # each backend raises a type of its own
@@ -1065,13 +1168,14 @@ def converse(args: argparse.Namespace) -> None:
         save_released(model, args.save, encoding, args.fp8, chat_template=template)
         print(f"{args.save}: {', '.join(sorted(p.name for p in args.save.iterdir()))}")
         return
+    on_cpu = model.lm_head.weight.device.type == "cpu"
     if args.compile:
-        print("compiling: half a minute", flush=True)
+        print("compiling: half a minute" if on_cpu else "recording CUDA graphs", flush=True)
         compile_decoding(model)
     drawing = {"temperature": args.temperature, "top_p": args.top_p}
     drawing["generator"] = torch.Generator(args.device).manual_seed(args.seed)
     lines = prompted() if sys.stdin.isatty() else sys.stdin
-    drafts = False if args.no_mtp or args.compile else None
+    drafts = False if args.no_mtp or args.compile and on_cpu else None
     chat(model, encoding, lines, template, args.system, args.max_new_tokens, drafts, **drawing)
 
 

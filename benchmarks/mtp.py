@@ -34,26 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 mtp = import_module("05_mtp")
 chapter = import_module("06_train")
-
-
-class FixedCache(chapter.mla.LatentCache):
-    """A LatentCache that a CUDA graph can fill: written in place, and always of all its slots.
-
-    Those at and past `lengths` are hidden from every query, as stale ones are.
-    """
-
-    def __init__(self, *sizes, **place):
-        super().__init__(*sizes, **place)
-        self.even = False  # where a row's slots begin is known to the GPU alone
-
-    def append(self, latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
-        kept, self.used = self.lengths, 0
-        super().append(latent, k_rope)
-        self.lengths, self.used = kept.copy_(self.lengths), self.room
-        return self.entries
-
-    def truncate(self, lengths: torch.Tensor | int) -> None:
-        self.lengths.copy_(torch.as_tensor(lengths))
+files = import_module("08_checkpoints")  # FixedCache
 
 
 class Decoding:
@@ -67,7 +48,7 @@ class Decoding:
         self.model, self.rows = model, torch.arange(batch, device=weight.device)
         sizes = batch, room, c.kv_lora_rank, c.qk_rope_head_dim
         place = {"device": weight.device, "dtype": weight.dtype}
-        self.caches = [FixedCache(*sizes, **place) for _ in range(layers)]
+        self.caches = [files.FixedCache(*sizes, **place) for _ in range(layers)]
         self.lengths = self.rows.new_zeros(layers, batch)  # of all caches: cut by one kernel
         for cache, lengths in zip(self.caches, self.lengths, strict=True):
             cache.lengths = lengths

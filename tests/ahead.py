@@ -273,11 +273,11 @@ def compile_swiglu(moe, capability: int, kind="bf16") -> dict[str, Compiled]:
 
 def compile_few(moe, capability: int, kind="bf16") -> dict[str, Compiled]:
     """03's kernels for a few rows: of one matrix, of the chosen experts, their first halves."""
-    blocks = {name: moe.FEW[name] for name in ("BO", "BI")}
+    BO, BI, warps = moe.FEW
+    blocks, options = {"BO": BO, "BI": BI}, {"num_warps": warps}
     tensors = dict.fromkeys(("x", "weight", "out"), f"*{kind}") | {"chosen": "*i64"}
     types, aligned = tensors | {"O": "i32", "I": "i32"}, [*tensors, "O", "I"]
     rows = moe.few_rows_kernel
-    options = {"num_warps": moe.FEW["num_warps"]}
     built = {
         name: compile_for(capability, rows, types, constants | blocks, aligned, **options)
         for name, constants in (

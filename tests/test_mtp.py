@@ -716,17 +716,6 @@ def test_recorded_steps_write_the_same_texts(device):
     assert cost["draft1"] == cost["draft2"] and min(cost.values()) > 0
 
 
-def test_a_graph_finds_a_cache_where_it_was_recorded():
-    cache = bench.FixedCache(2, 8, 4, 2)
-    lengths, entries = cache.lengths, cache.entries
-    assert cache.append(torch.ones(2, 3, 4), torch.ones(2, 3, 2)) is entries
-    cache.truncate(torch.tensor([1, 2]))
-    cache.append(2 * torch.ones(2, 1, 4), 2 * torch.ones(2, 1, 2))
-    assert cache.lengths is lengths and cache.entries is entries and cache.used == 8
-    assert lengths.tolist() == [2, 3]
-    assert entries[:, :4, 0].tolist() == [[1, 2, 1, 0], [1, 1, 2, 0]]  # what is stale stays
-
-
 def test_expected_speedup():
     cost = {"plain": 1.0, "verify": 1.2, "draft1": 0.2, "draft2": 0.3}
     assert mtp.expected_speedup(0.0, cost) == pytest.approx(1 / 1.4)
