@@ -756,7 +756,7 @@ def gpu(device: torch.device) -> tuple[tuple[int, int], int]:
 
 def launch_decode(q, entries, kv_lora_rank: int, scale: float, lengths, pages, config) -> Tensor:
     """`mla_decode` by its kernels: as many chunks as keep the GPU busy, of 128 slots or more; in
-    fp32, which the tensor cores don't multiply, of 32.
+    fp32, where the tensor cores are not exact enough to help, of 32.
 
     config: of `mla_decode_kernel`; None: `mla_hopper_kernel`, which has one shape.
     """

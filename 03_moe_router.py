@@ -233,7 +233,7 @@ def few_rows(x: Tensor, weight: Tensor) -> Tensor:
 
     The time is that of reading the weight. On a CPU it depends on the routine that reads, in bf16:
     mv for one row, and the weight on the left for more, are sooner done than linear (see --bench).
-    On a GPU a kernel reads, which gives a row the same bits alone and among others.
+    On a GPU a kernel reads, which gives a row the same bits alone and beside others.
     """
     if has_kernels(x):
         return few_products(x, weight)
@@ -425,18 +425,20 @@ if triton is not None:
 
     # A decoded token is one row, and a tile of one row is no product for the tensor cores: the time
     # is that of reading the weights, so each program reads BO of their rows, as they lie. A row's
-    # numbers come out the same alone and beside another.
+    # numbers come out the same alone and beside another. (Programs of weights are on the first
+    # axis: a grid's others end at 65,535.)
 
     @triton.jit
     def few_rows_kernel(
         x, weight, out, chosen, O, I, TOP: tl.constexpr, PAIR: tl.constexpr, BO: tl.constexpr,
         BI: tl.constexpr,
     ):  # fmt: skip
-        """BO outputs of one token: Σ over its TOP rows r of x of W[chosen[r]] x[r]; PAIR: of two.
+        """BO outputs of one token: Σ over its TOP rows r of x of W[chosen[r]] x[r]. PAIR: those of
+        a second token too, so that weights are read once.
 
         x: (N·TOP, I), chosen: (N·TOP,) or None, weight: (E, O, I), or (O, I) -> out: (N, O).
         """
-        n, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BO + tl.arange(0, BO)
+        n, o = tl.program_id(1).to(tl.int64), tl.program_id(0) * BO + tl.arange(0, BO)
         total, second = tl.zeros((BO, BI), tl.float32), tl.zeros((BO, BI), tl.float32)
         for r in range(n * TOP, n * TOP + TOP):
             matrix = weight
@@ -465,7 +467,7 @@ if triton is not None:
 
         x: (N, D), gate_up: (E, 2 I, D), chosen, weights: (N·TOP,) -> out: (N·TOP, I).
         """
-        r, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BO + tl.arange(0, BO)
+        r, o = tl.program_id(1).to(tl.int64), tl.program_id(0) * BO + tl.arange(0, BO)
         matrix = gate_up + tl.load(chosen + r).to(tl.int64) * 2 * I * D
         gate, up = tl.zeros((BO, BI), tl.float32), tl.zeros((BO, BI), tl.float32)
         for start in range(0, D, BI):
@@ -968,7 +970,7 @@ FEW = 2, 512, 2  # rows of weights that a program holds, columns at a time, warp
 
 
 def are_few(x: Tensor, most: int) -> bool:
-    """Rows of a model that decodes on a GPU, for which the kernels that read weights are faster."""
+    """Rows of a model that decodes on a GPU: to multiply them is to read the weights."""
     return has_kernels(x) and 0 < len(x) <= most and not torch.is_grad_enabled()
 
 
@@ -979,7 +981,7 @@ def few_products(x: Tensor, weight: Tensor, chosen: Tensor | None = None) -> Ten
     out, pair = x.new_empty(len(x) // top, O), chosen is None and len(x) == 2
     BO, BI, warps = FEW
     with torch.cuda.device_of(x):
-        few_rows_kernel[1 if pair else len(out), triton.cdiv(O, BO)](
+        few_rows_kernel[triton.cdiv(O, BO), 1 if pair else len(out)](
             x.contiguous(), weight.contiguous(), out, chosen, O, I, TOP=top, PAIR=pair, BO=BO,
             BI=BI, num_warps=warps,
         )  # fmt: skip
@@ -1164,7 +1166,7 @@ class Experts(nn.Module):
         (N, K), (_, D, I) = indices.shape, self.down_proj.shape
         hidden, chosen, (BO, BI, warps) = x.new_empty(N * K, I), indices.contiguous(), FEW
         with torch.cuda.device_of(x):
-            few_gate_up_kernel[N * K, triton.cdiv(I, BO)](
+            few_gate_up_kernel[triton.cdiv(I, BO), N * K](
                 x.contiguous(), self.gate_up_proj.contiguous(), hidden, chosen,
                 weights.contiguous(), I, D, TOP=K, BO=BO, BI=BI, num_warps=warps,
             )  # fmt: skip
@@ -1521,8 +1523,8 @@ def smooth(values: list[float], width: int = 20) -> list[float]:
 def race(tasks: dict[str, Callable], device: torch.device, rounds: int = 9) -> dict[str, float]:
     """Median milliseconds of each task; every round runs them all, so drift hits all alike.
 
-    On a GPU by its own clock, behind 2 ms of other work: Python is then ahead of it with launching,
-    as it is in the middle of a large model.
+    On a GPU by its own clock, behind 8 GB of other writing: Python is then ahead of it with
+    launching, as it is in the middle of a large model (unless a task waits for its numbers).
     """
 
     def by_clock(task: Callable) -> float:

@@ -59,10 +59,12 @@ import sysconfig
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import regex
@@ -225,9 +227,8 @@ class Linear(nn.Linear):
     """nn.Linear, and 03's few_rows for the rows of a model that decodes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x[..., 0].numel() if x.dim() > 1 and self.bias is None else 0
-        few = 0 < rows <= 32 and x.is_cpu and x.dtype.itemsize == 2
-        few = few or 0 < rows <= 2 and moe.has_kernels(x)
+        most = 32 * (x.dtype.itemsize == 2) if x.is_cpu else 2 * moe.has_kernels(x)
+        few = most and x.dim() > 1 and 0 < x.shape[:-1].numel() <= most and self.bias is None
         if not few or x.dtype != self.weight.dtype or torch.is_grad_enabled():
             return super().forward(x)
         return moe.few_rows(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
@@ -282,7 +283,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     is (softmax − onehot), so forward multiplies it into both operands and forgets the slice.
     """
 
-    ROWS = {"cpu": 256, "cuda": 2048}  # of a slice: what caches hold; what keeps a GPU busy
+    ROWS = {"cpu": 256, "cuda": 2048}  # of a slice: a CPU's caches hold it; a GPU wants more work
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, with_gradient=True):
@@ -905,6 +906,7 @@ def prepare(documents: list[bytes], vocabulary: int | str, cache: Path) -> Corpu
     folder = cache / f"data-{digest.hexdigest()[:12]}"
     train, held_out = split_documents(documents)
     if not intact(folder):
+        rivals = in_background(compressors, b"".join(train), b"".join(held_out))
         if isinstance(vocabulary, int):
             texts = (document.decode("utf-8", "replace") for document in train)
             encoding = encoding_of(train_bpe(texts, vocabulary - 1))
@@ -914,9 +916,8 @@ def prepare(documents: list[bytes], vocabulary: int | str, cache: Path) -> Corpu
         save_encoding(encoding, folder / "encoding.json")
         for name, part in ("train", train), ("held_out", held_out):
             save_whole(folder / name, lambda path, part=part: write_tokens(encoding, part, path))
-        rivals = compressors(b"".join(train), b"".join(held_out))
         sizes = {name: (folder / name).stat().st_size for name in FILES}
-        text = json.dumps({"rivals": rivals, "sizes": sizes})
+        text = json.dumps({"rivals": rivals.result(), "sizes": sizes})
         save_whole(folder / "rivals.json", lambda path: path.write_text(text))
     encoding = load_encoding(folder / "encoding.json")
     streams = (np.memmap(folder / name, token_dtype(encoding), "r") for name in FILES[1:])
@@ -953,11 +954,27 @@ def compressors(train: bytes, held_out: bytes) -> dict[str, float]:
     bits = 8 / len(held_out)
     xz = lambda data: len(lzma.compress(data, preset=9))
     seen = train[-60_000_000:]  # what fits into the window of xz -9
+    alone = in_background(xz, seen)  # 0.7 GB of memory each
+    both = xz(seen + held_out)
     return {
         "gzip": bits * len(gzip.compress(held_out, 9)),
         "xz": bits * xz(held_out),
-        "xz_given_training": bits * (xz(seen + held_out) - xz(seen)),
+        "xz_given_training": bits * (both - alone.result()),
     }
+
+
+def in_background(task: Callable, *arguments) -> Future:
+    """What it will return, from a thread that keeps no program from ending."""
+    future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(task(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
 
 
 # %% 7. Training -----------------------------------------------------------------------------
@@ -1050,8 +1067,6 @@ class GraphedStep:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.rows = [make(size, dtype=torch.int64) for _ in range(recipe.accumulate)]
         self.scale, self.mtp_weight = make(()), make(())
-        for group in optimizer.param_groups:
-            group["capturable"] = True  # it asks for nothing that only Python knows
 
     def __call__(self, rows: list[Tensor], scale: float, mtp_weight: float) -> tuple:
         for place, part in zip(self.rows, rows, strict=True):
@@ -1062,11 +1077,14 @@ class GraphedStep:
         if self.graph is None:
             current = torch.cuda.current_stream(self.scale.device)
             self.stream.wait_stream(current)
-            if self.calls <= self.WARM_UP:  # where it will be recorded: autograd remembers
+            if self.calls <= self.WARM_UP:
+                # autograd adds up a gradient on the stream that first used the weight
                 with torch.cuda.stream(self.stream):
                     out = self.step()
                 current.wait_stream(self.stream)
                 return out
+            for group in self.arguments[1].param_groups:
+                group["capturable"] = True  # its step count and learning rate are on the GPU
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self.stream):
                 self.out = self.step()
@@ -1076,6 +1094,15 @@ class GraphedStep:
 
     def step(self) -> tuple:
         return training_step(*self.arguments, self.rows, self.scale, self.mtp_weight)
+
+
+def stepper(model: DeepSeek, optimizer, recipe: Recipe) -> Callable[..., tuple]:
+    """(rows, scale, mtp_weight) -> what `training_step` returns: recorded where it can be."""
+    graphed = moe.has_kernels(model.lm_head.weight) and model.precision == "bf16"
+    if graphed and rank_and_size()[1] == 1:
+        return GraphedStep(model, optimizer, recipe)
+    # FP8's products, processes that share weights, a GPU without Triton: they wait for its numbers
+    return partial(training_step, model, optimizer, recipe)
 
 
 @torch.no_grad()
@@ -1243,11 +1270,7 @@ def train(
     agreed = lambda own: over_ranks(torch.tensor(float(own), device=device), "mean").item()
     # a slice of the held-out text for the curve; all of it is read once, at the end
     probe = corpus.held_out[: 32 * recipe.context + 1]
-    # FP8's products, processes that share weights, and a GPU without Triton wait for its numbers
-    graphed = moe.has_kernels(model.lm_head.weight) and model.precision == "bf16"
-    graphed = graphed and rank_and_size()[1] == 1
-    arguments = model, optimizer, recipe
-    run_step = GraphedStep(*arguments) if graphed else partial(training_step, *arguments)
+    run_step = stepper(model, optimizer, recipe)
     model.train()
     reported, saved = int(share() * reports), state["seconds"]
     total = None if minutes else recipe.steps
@@ -1673,6 +1696,8 @@ def lesson(args: argparse.Namespace) -> None:
     try:
         device = torch.device(args.device)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device.index or 0)  # graphs are of the current one
     except Exception as error:  # each backend raises a type of its own
         reason = str(error).splitlines()[0][:100]
         raise ValueError(f"cannot run on --device {args.device}: {reason}") from None

@@ -850,13 +850,18 @@ class FixedCache(mla.LatentCache):
 
     def __init__(self, *sizes, **place):
         super().__init__(*sizes, **place)
-        self.even = False  # where a row's slots begin is known to the GPU alone
+        self.even, self.empty = False, True  # where rows begin is known to the GPU alone
+
+    def clear(self) -> None:
+        self.truncate(0)
+        self.empty = True
 
     def append(self, latent: Tensor, k_rope: Tensor) -> Tensor:
-        kept, self.used = self.lengths, 0
+        T, kept, self.used = latent.shape[1], self.lengths, 0
         super().append(latent, k_rope)
-        self.lengths, self.used = kept.copy_(self.lengths), self.room
-        return self.entries
+        prompt, self.empty = self.empty and T > 2, False  # it is not recorded, and needs no mask
+        self.lengths, self.used = kept.copy_(self.lengths), T if prompt else self.room
+        return self.entries[:, : self.used]
 
     def truncate(self, lengths: Tensor | int) -> None:
         self.lengths.copy_(torch.as_tensor(lengths))
@@ -910,7 +915,7 @@ class Replay:
                     once()
             torch.cuda.current_stream(inputs[0].device).wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=aside):
                 out = self.function(*fixed, caches)
             run = graph.replay
         for cache, length in zip(several, lengths, strict=True):
@@ -919,18 +924,21 @@ class Replay:
 
 
 def record_decoding(model: "base.DeepSeek") -> None:
-    """From now on `model` decodes by graphs. Texts of a size share their caches: one at a time."""
+    """From now on `model` decodes by graphs, which it keeps, with caches, for each power of two.
+
+    Texts of a size share their caches: one at a time.
+    """
     made, new_caches = {}, model.new_caches
 
     def fixed_caches(batch: int, max_tokens: int, layers: int | None = None) -> list[FixedCache]:
         room = max(256, 1 << (max_tokens - 1).bit_length())  # so that a growing talk records few
         key = batch, room, layers
         if key not in made:
-            like = new_caches(batch, room, layers)
+            like = new_caches(batch, 1, layers)
             place = {"device": like[0].entries.device, "dtype": like[0].entries.dtype}
             made[key] = [FixedCache(batch, room, *cache.widths, **place) for cache in like]
         for cache in made[key]:
-            cache.truncate(0)
+            cache.clear()
         return made[key]
 
     model.new_caches, model.hidden = fixed_caches, Replay(model.hidden)
@@ -1150,6 +1158,10 @@ def arguments() -> argparse.Namespace:
         cli.error("--compile is for a chat, and not for weights kept in FP8")
     try:
         torch.zeros(1, device=args.device).item()
+        if torch.device(args.device).type == "cuda":
+            torch.cuda.set_device(
+                torch.device(args.device).index or 0
+            )  # graphs are of the current one
     except Exception as error:  # each backend raises a type of its own
         cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
     return args

@@ -42,7 +42,7 @@ from typing import NamedTuple
 
 import torch
 
-base = import_module("06_train")  # DeepSeekConfig, PRESETS, training_step
+base = import_module("06_train")  # DeepSeekConfig, PRESETS, stepper
 check, measure = base.check, base.measure
 Config = base.DeepSeekConfig
 
@@ -478,13 +478,13 @@ def own_rate(device: torch.device, steps: int = 8) -> tuple[float, float]:
     config, recipe = base.PRESETS["nano"]
     torch.manual_seed(0)
     model = base.DeepSeek(config).to(device).train()
-    optimizer = base.make_optimizer(model, recipe)
+    step = base.stepper(model, base.make_optimizer(model, recipe), recipe)
     shape = recipe.batch_size, recipe.context + 1
     seconds = []
     for _ in range(steps):
         rows = torch.randint(config.vocab_size, shape, device=device)
         begin = time.perf_counter()
-        base.training_step(model, optimizer, recipe, [rows], 1.0, 0.3)[0].item()
+        step([rows], 1.0, 0.3)[0].item()
         seconds.append(time.perf_counter() - begin)
     speed = recipe.batch_size * recipe.context / statistics.median(seconds[2:])
     return speed, speed * sum(flops_per_token(config, recipe.context).values())

@@ -656,6 +656,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # graphs and timers are of the current one
     torch.manual_seed(args.seed)
     verify_layer(device)
     verify_learning(device)

@@ -60,7 +60,11 @@ def main() -> None:
             for page in 0, 64:
                 got = ahead.compile_hopper(mla, page=page)
                 show(f"mla_hopper_sm90_bf16_64_rows{'_paged' * bool(page)}", got)
-        for name, got in ahead.compile_swiglu(moe, capability).items():
+        for turned in False, True:
+            got = ahead.compile_by_head(mla, capability, turned)
+            show(f"by_head_sm{capability}_bf16{'_turned' * turned}", got)
+        few = {f"few_{name}": got for name, got in ahead.compile_few(moe, capability).items()}
+        for name, got in (ahead.compile_swiglu(moe, capability) | few).items():
             show(f"{name}_sm{capability}_bf16", got)
         for which, turned, gather in GROUPED:
             for config in moe.grouped_configs(which, 2, divmod(capability, 10)):

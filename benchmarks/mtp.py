@@ -38,10 +38,7 @@ files = import_module("08_checkpoints")  # FixedCache
 
 
 class Decoding:
-    """Greedy text of a batch, a step at a time: `step` as one CUDA graph, and what it remembers.
-
-    `out` (B, n): what a step tells the host, which is all that the host waits for.
-    """
+    """Greedy text of a batch, a step at a time: `step` as one CUDA graph, and what it remembers."""
 
     def __init__(self, model: "chapter.DeepSeek", batch: int, room: int, layers: int):
         c, weight = model.config, model.lm_head.weight
@@ -65,7 +62,7 @@ class Decoding:
                     self.step()
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=aside):
                 self.step()
             self.run = graph.replay
 
@@ -109,7 +106,7 @@ class Speculative(Decoding):
         self.kept, self.left = make(batch), make(batch)  # tokens in the caches; still to be written
         self.fresh, self.joined = make(batch) + 1, make(batch, 2)  # pairs new to the module
         self.states = self.model.lm_head.weight.new_zeros(batch, 2, model.config.hidden_size)
-        self.out = make(batch, 3)
+        self.out = make(batch, 3)  # what a step tells the host: accepted, draft, token after it
         self.record()
 
     def draft(self) -> torch.Tensor:
@@ -158,7 +155,7 @@ class Speculative(Decoding):
         return texts, verdicts
 
 
-class Draft(Speculative):
+class Draft(Speculative):  # this and the next are a step's parts, for `costs`
     def step(self) -> None:
         self.draft()
 
@@ -282,6 +279,8 @@ def main() -> None:
     try:
         device = torch.device(args.device)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device.index or 0)  # graphs and timers are of the current one
     except Exception as error:  # each backend raises a type of its own
         cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
     if (args.run is None) == (args.ablation is None):

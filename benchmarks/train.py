@@ -26,8 +26,8 @@ chapter = import_module("06_train")
 
 
 def our_step(model, recipe, rows: Tensor) -> Callable[[], float]:
-    optimizer = chapter.make_optimizer(model, recipe)
-    return lambda: chapter.training_step(model, optimizer, recipe, [rows], 1.0, 0.0)[0].item()
+    step = chapter.stepper(model, chapter.make_optimizer(model, recipe), recipe)
+    return lambda: step([rows], 1.0, 0.0)[0].item()
 
 
 def their_step(model, recipe, rows: Tensor, bf16: bool) -> Callable[[], float]:

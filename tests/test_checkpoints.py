@@ -1016,12 +1016,19 @@ def test_recorded_decoding_writes_the_same(device):
 def test_a_graph_finds_a_cache_where_it_was_recorded():
     cache = chapter.FixedCache(2, 8, 4, 2)
     lengths, entries = cache.lengths, cache.entries
-    assert cache.append(torch.ones(2, 3, 4), torch.ones(2, 3, 2)) is entries
+    prompt = cache.append(torch.ones(2, 3, 4), torch.ones(2, 3, 2))
+    assert prompt.shape == (2, 3, 6) and cache.used == 3  # all there is: no mask is needed
     cache.truncate(torch.tensor([1, 2]))
-    cache.append(2 * torch.ones(2, 1, 4), 2 * torch.ones(2, 1, 2))
+    found = cache.append(2 * torch.ones(2, 1, 4), 2 * torch.ones(2, 1, 2))
     assert cache.lengths is lengths and cache.entries is entries and cache.used == 8
+    assert found.shape == entries.shape and found.data_ptr() == entries.data_ptr()
     assert lengths.tolist() == [2, 3]
     assert entries[:, :4, 0].tolist() == [[1, 2, 1, 0], [1, 1, 2, 0]]  # what is stale stays
+    cache.clear()
+    assert (
+        len(cache.append(torch.ones(2, 1, 4), torch.ones(2, 1, 2))[0]) == 8
+    )  # recorded: all slots
+    assert len(cache.append(torch.ones(2, 3, 4), torch.ones(2, 3, 2))[0]) == 8  # behind others
 
 
 def test_what_cannot_be_compiled_is_said_and_left_as_it_was():

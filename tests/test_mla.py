@@ -1146,7 +1146,6 @@ RAGGED = {
 }
 
 
-@GLUON
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -1170,6 +1169,7 @@ def test_a_layer_decodes_a_few_rows_on_a_gpu(B, T, dtype, monkeypatch):
     assert (found[0] - found[1]).abs().max() <= tol * found[1].abs().max()
 
 
+@GLUON
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
