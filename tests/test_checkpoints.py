@@ -1008,6 +1008,14 @@ def test_recorded_decoding_writes_the_same(device):
     assert drawn == model.generate(
         [[1, 2]], 8, 1.0, generator=torch.Generator(device).manual_seed(0)
     )
+    caches = recorded.new_caches(1, 20)
+    with torch.no_grad():
+        first = recorded.hidden(torch.tensor([[3]], device=device), caches)
+        kept = first.clone()
+        assert not torch.equal(recorded.hidden(torch.tensor([[4]], device=device), caches), first)
+    assert torch.equal(first, kept)  # its own, not where the graph leaves it
+    taught = recorded.hidden(torch.tensor([[5]], device=device), recorded.new_caches(1, 20))
+    assert taught.requires_grad  # called, not replayed
     other = copy.deepcopy(recorded)  # records anew, what is computed by its own weights
     assert not other.hidden.recorded and other.hidden.function.__self__ is other
     model.loss(TOKENS.to(device), TOKENS.to(device)).backward()

@@ -706,6 +706,12 @@ def test_recorded_steps_write_the_same_texts(device):
                 assert mtp.logit_gap(model, *texts) <= (0 if device == "cpu" else 1e-2)
             if device == "cpu":
                 assert (drafted, verdicts) == wanted
+    # a row that has ended runs on the spot: its caches are full, with no slot beyond
+    prompts = [[1] * 206, *prompts_of(41, (30, 100))]
+    want, seen = mtp.speculative_generate(model, module, prompts, 50)
+    assert len(set(map(len, seen))) > 1  # they end one after another
+    got, verdicts = graphs.speculative_generate(model, module, prompts, 50)
+    assert device == "cuda" or (got, verdicts) == (want, seen)
     sizes = {(key[0].__name__, *key[-2:]) for key in graphs.made}
     assert sizes == {(kind, B, 256) for kind in ("Plain", "Speculative") for B in (1, 3)}
     worse = mtp.corrupted(module, 3.0)

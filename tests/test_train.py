@@ -888,6 +888,12 @@ def test_a_linear_layer_decodes_two_rows_its_own_way_on_a_gpu(rows, few, monkeyp
             assert not few or torch.equal(layer(x[:, -1:]), got[:, -1:])
 
 
+def test_what_runs_in_the_background_is_waited_for():
+    assert chapter.in_background(divmod, 7, 2).result() == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        chapter.in_background(divmod, 7, 0).result()
+
+
 def test_context_can_be_filled():
     assert len(model_of().generate([[1] * 60], 4)[0]) == 4
 
