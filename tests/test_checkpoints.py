@@ -1014,8 +1014,9 @@ def test_recorded_decoding_writes_the_same(device):
         kept = first.clone()
         assert not torch.equal(recorded.hidden(torch.tensor([[4]], device=device), caches), first)
     assert torch.equal(first, kept)  # its own, not where the graph leaves it
-    taught = recorded.hidden(torch.tensor([[5]], device=device), recorded.new_caches(1, 20))
-    assert taught.requires_grad  # called, not replayed
+    two, count = torch.tensor([[5], [6]], device=device), len(recorded.hidden.recorded)
+    assert recorded.hidden(two, recorded.new_caches(2, 20)).requires_grad
+    assert len(recorded.hidden.recorded) == count  # called, not replayed
     other = copy.deepcopy(recorded)  # records anew, what is computed by its own weights
     assert not other.hidden.recorded and other.hidden.function.__self__ is other
     model.loss(TOKENS.to(device), TOKENS.to(device)).backward()
