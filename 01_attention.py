@@ -560,6 +560,14 @@ class _FlashAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """Where autocast is on, in its dtype, as nn.Linear would take it: float64 stays."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, mask=None, block=128
 ) -> Tensor:
@@ -571,9 +579,7 @@ def flash_attention(
     On a GPU, without a mask and for widths up to 256, by kernels that keep no weights, forward and
     backward; otherwise by their PyTorch twin, which is not fast, and keeps them for autograd.
     """
-    kind = q.device.type
-    if torch.is_autocast_enabled(kind):
-        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    q, k, v = map(in_autocast_dtype, (q, k, v))
     mask, T, S, tiles = fitting(q, k, v, causal, mask), q.shape[2], k.shape[2], []
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     narrow = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.dtype == k.dtype
@@ -669,14 +675,12 @@ def tiled_attention(
     keeps them, as SDPA does without a kernel. Under autocast in its dtype, as SDPA.
     block: queries a tile, which changes the time it takes alone; None: 64, of two bytes 128.
     """
-    kind = q.device.type
-    if torch.is_autocast_enabled(kind):
-        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    q, k, v = map(in_autocast_dtype, (q, k, v))
     mask = fitting(q, k, v, causal, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if block is None:
         block = 128 if q.dtype.itemsize == 2 else 64
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(q.device.type, enabled=False):
         return _TiledAttention.apply(q, k, v, causal and mask is None, scale, mask, block)
 
 

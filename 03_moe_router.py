@@ -988,6 +988,15 @@ def few_products(x: Tensor, weight: Tensor, chosen: Tensor | None = None) -> Ten
     return out
 
 
+# same as 01_attention.py
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """Where autocast is on, in its dtype, as nn.Linear would take it: float64 stays."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
 def grouped_gemm(x: Tensor, weight: Tensor, sizes: Tensor, routes=(None, None)) -> Tensor:
     """Each expert's rows times its own matrix, transposed: y = x W_eᵀ, in the dtype of x.
 
@@ -999,8 +1008,7 @@ def grouped_gemm(x: Tensor, weight: Tensor, sizes: Tensor, routes=(None, None)) 
     that the first of its kind chose. That sizes sum to M is not checked there, it would have to
     wait. On a Hopper a NaN in an expert's rows can reach the gradient of the expert before it.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = in_autocast_dtype(x)
     counts, M = (
         None if has_kernels(x) else sizes.tolist(),
         len(x if routes[0] is None else routes[0]),
@@ -1113,9 +1121,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor, load: Tensor) -> Tensor:
         """x: (N, D), chosen (N, K), their weights (N, K), load (E,) -> Σₖ wₖ·FFNₖ(x): (N, D)."""
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))  # before each row is copied K times
+        kind, x = x.device.type, in_autocast_dtype(x)  # before each row is copied K times
         (N, K), own = indices.shape, kind == "cpu" and self.grouped_gemm is None
         if own and 0 < N * K <= 2 * len(load) and not torch.is_grad_enabled():  # two an expert
             if torch.compiler.is_compiling():

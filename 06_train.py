@@ -219,8 +219,7 @@ def cpu_or_gpu_attention(q, k, v, causal=True, scale=None, mask=None) -> Tensor:
 
 def narrow(x: Tensor) -> Tensor:
     """Cast once, under autocast, what several projections read: each would cast a copy."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return attn.in_autocast_dtype(x)
 
 
 class Linear(nn.Linear):

@@ -695,3 +695,13 @@ def test_flash_on_a_gpu(T, S, causal, D, V, dtype):
     tol = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}[dtype]
     for a, b in zip(got, want, strict=True):
         assert (a.double() - b).abs().max() <= tol * (1 + b.abs().max())
+
+
+@pytest.mark.parametrize("function", [attn.flash_attention, attn.tiled_attention])
+def test_autocast_leaves_float64_alone(function):
+    """As nn.Linear's: one that is checked in float64 under autocast would otherwise be of bf16."""
+    q, k, v = torch.randn(3, 1, 2, 9, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = function(q, k, v)
+        assert function(q.float(), k.float(), v.float()).dtype == torch.bfloat16
+    assert got.dtype == torch.float64 and torch.equal(got, function(q, k, v))

@@ -581,8 +581,9 @@ def test_autocast_is_near_float64(path):
     exact = copy.deepcopy(mixture).double()
     x2 = x.detach().double().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        got = mixture(x)
+        got, alone = mixture(x), exact(x2)
     want = exact(x2)
+    assert torch.equal(alone, want)  # float64 is left alone, as by nn.Linear
     assert got.dtype == torch.bfloat16 and mixture.balance_loss.dtype == torch.float32
     assert (got.double() - want).norm() / want.norm() < 0.02
     upstream = torch.randn_like(want)
