@@ -38,6 +38,7 @@ import argparse
 import base64
 import bisect
 import contextlib
+import copy
 import gzip
 import hashlib
 import heapq
@@ -1057,7 +1058,7 @@ class GraphedStep:
     learning rate's factor and the MTP loss's weight. What it returns, the next call overwrites.
     """
 
-    WARM_UP = 3  # calls that compile kernels, choose tiles and make the optimizer's state
+    WARM_UP = 3  # calls that make the optimizer's state, and compile what is left to compile
 
     def __init__(self, model: DeepSeek, optimizer, recipe: Recipe):
         self.arguments, self.graph, self.calls = (model, optimizer, recipe), None, 0
@@ -1074,14 +1075,9 @@ class GraphedStep:
         self.mtp_weight.fill_(mtp_weight)
         self.calls += 1
         if self.graph is None:
-            current = torch.cuda.current_stream(self.scale.device)
-            self.stream.wait_stream(current)
             if self.calls <= self.WARM_UP:
-                # autograd adds up a gradient on the stream that first used the weight
-                with torch.cuda.stream(self.stream):
-                    out = self.step()
-                current.wait_stream(self.stream)
-                return out
+                with self.aside():
+                    return self.step()
             for group in self.arguments[1].param_groups:
                 group["capturable"] = True  # its step count and learning rate are on the GPU
             graph = torch.cuda.CUDAGraph()
@@ -1093,6 +1089,29 @@ class GraphedStep:
 
     def step(self) -> tuple:
         return training_step(*self.arguments, self.rows, self.scale, self.mtp_weight)
+
+    def compile(self) -> float:
+        """Seconds of a first step, made by a copy of the model: no minute of training is spent on
+        compiling kernels and choosing their tiles."""
+        begin, (model, _, recipe) = time.perf_counter(), self.arguments
+        other = copy.deepcopy(model)
+        rows = [part.random_(model.config.vocab_size) for part in self.rows]
+        with self.aside():
+            optimizer = make_optimizer(other, recipe)
+            training_step(other, optimizer, recipe, rows, self.scale, self.mtp_weight)[0].item()
+        return time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """On the stream to be recorded: gradients add up on that which first used the weight."""
+        if self.stream is None:  # a CPU
+            yield
+            return
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            yield
+        current.wait_stream(self.stream)
 
 
 def stepper(model: DeepSeek, optimizer, recipe: Recipe) -> Callable[..., tuple]:
@@ -1271,6 +1290,8 @@ def train(
     probe = corpus.held_out[: 32 * recipe.context + 1]
     run_step = stepper(model, optimizer, recipe)
     model.train()
+    if isinstance(run_step, GraphedStep):
+        print(f"kernels  compiled and timed, {run_step.compile():.0f} s", flush=True)
     reported, saved = int(share() * reports), state["seconds"]
     total = None if minutes else recipe.steps
     shown = {"total": total, "initial": state["step"], "unit": "step", "dynamic_ncols": True}

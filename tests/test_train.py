@@ -814,6 +814,9 @@ def test_a_recorded_step_is_the_step(device):
         partial(chapter.training_step, plain, optimizers[0], recipe),
         chapter.GraphedStep(graphed, optimizers[1], recipe),
     ]
+    kept = copy.deepcopy(graphed.state_dict())
+    assert steps[1].compile() > 0
+    assert all(torch.equal(t, kept[name]) for name, t in graphed.state_dict().items())
     if device == "cpu":  # nothing is recorded there: what is replayed is computed again
         replay = lambda: setattr(steps[1], "out", steps[1].step())
         steps[1].graph = SimpleNamespace(replay=replay)
