@@ -1057,8 +1057,8 @@ class MultiHeadLatentAttention(nn.Module):
         if absorb:
             if entries is None:
                 entries = torch.cat((latent, k_rope), -1)
-            elif T == 1 and cache.even and pages is None:
-                lengths = None  # it sees all there is
+            elif T == 1 and cache.even and pages is None and not x.is_cuda:
+                lengths = None  # it sees all there is (a GPU's kernel wants them all the same)
             out = self.absorbed(q_nope, q_rope, entries, lengths, pages)  # (B, H, T, V)
         else:
             mask = visible(lengths, T, cache.used) if continued else None

@@ -31,6 +31,7 @@ after five minutes it predicts Python that it has never seen better than `xz -9`
     V     vocab_size                      4096  129280
 
 Run:  python 06_train.py [--quick | --bench | --resume RUN]          5 minutes on two CPU cores
+      python 06_train.py --preset mini --minutes 1                   on one GPU; its data apart
       torchrun --nproc-per-node 8 06_train.py --preset small       on 8 GPUs (FSDP2; not tried yet)
 """
 

@@ -637,6 +637,22 @@ def test_numbers_of_the_docstring():
     assert 2 * 512 + 64 == 1088
 
 
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_recorded_decoding_is_sparse_too(device):
+    """08's, whose caches show all of their slots: the stale ones are never among the chosen."""
+    model = model_of(replace(TINY, max_position_embeddings=400)).to(device)
+    recorded = copy.deepcopy(model)
+    released.record_decoding(recorded)
+    for lengths in (1, 9, 40), (30,), (250,):
+        prompts = [tokens_of(n, seed=n).tolist() for n in lengths]
+        want, got = (m.generate(prompts, 30) for m in (model, recorded))
+        gaps = [base.mtp.logit_gap(model, *texts) for texts in zip(prompts, want, got, strict=True)]
+        assert max(gaps) <= (0 if device == "cpu" else 1e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("topk", [6, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
