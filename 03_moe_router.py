@@ -228,16 +228,22 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def few_rows(x: Tensor, weight: Tensor) -> Tensor:
+def has_amx() -> bool:
+    """Has this CPU a unit for tiles of bf16? (torch 2.11 can't say: then no.)"""
+    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+
+
+def few_rows(x: Tensor, weight: Tensor, amx: bool = has_amx()) -> Tensor:
     """x Wᵀ of a few rows, without a gradient: x (n, I), weight (O, I) -> (n, O).
 
     The time is that of reading the weight. On a CPU it depends on the routine that reads, in bf16:
-    mv for one row, and the weight on the left for more, are sooner done than linear (see --bench).
-    On a GPU a kernel reads, which gives a row the same bits alone and beside others.
+    with AMX mv for one row, and the weight on the left for more, are sooner done than linear;
+    without, they take up to twice as long (see --bench). On a GPU a kernel reads, which gives a row
+    the same bits alone and beside others.
     """
     if has_kernels(x):
         return few_products(x, weight)
-    if weight.dtype.itemsize > 2:
+    if weight.dtype.itemsize > 2 or not amx:
         return F.linear(x, weight)
     return torch.mv(weight, x[0])[None] if len(x) == 1 else (weight @ x.T).T
 
