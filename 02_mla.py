@@ -876,7 +876,8 @@ def mla_decode(
 
 
 def few_rows_on_gpu(q: Tensor) -> bool:
-    """(B, H, T, …) of a model that decodes: for so few rows a product only reads its weights."""
+    """(B, H, T, …) of a model that decodes: so few rows (4: two texts and their drafts; not tuned)
+    that to multiply them is to read the weights."""
     fits = triton is not None and q.is_cuda and q.itemsize <= 4 and q.numel() > 0
     return fits and q.shape[0] * q.shape[2] <= 4 and not torch.is_grad_enabled()
 
@@ -1012,7 +1013,7 @@ class MultiHeadLatentAttention(nn.Module):
         (L, R), few = self.latent_split, few_rows_on_gpu(q_nope)
         if few:
             q = q_nope.new_empty(B, H, T, L + R)
-            by_head(q_nope, w_uk.mT, q[..., :L])
+            by_head(q_nope, w_uk.mT, q[..., :L])  # w_uk turned: (H, L, N)
             q[..., L:] = q_rope
         else:
             q_latent = q_nope.transpose(0, 1).flatten(1, 2) @ w_uk  # (H, B·T, L)
@@ -1020,7 +1021,7 @@ class MultiHeadLatentAttention(nn.Module):
             q = torch.cat((q_latent, q_rope), -1)  # (B, H, T, L + R)
         mixed = mla_decode(q, entries, L, self.scale, lengths=lengths, pages=pages)  # (B, H, T, L)
         mixed = mixed.to(q.dtype)
-        if few:
+        if few:  # (B, H, T, V), lying as (B, T, H, V): so o_proj wants it
             return by_head(mixed, w_uv, q.new_empty(B, T, H, w_uv.shape[1]).transpose(1, 2))
         # the weight on the left: turned round, bf16 takes 4x as long on a CPU
         out = w_uv @ mixed.transpose(0, 1).flatten(1, 2).mT  # (H, V, B·T)

@@ -976,7 +976,11 @@ FEW = 2, 512, 2  # rows of weights that a program holds, columns at a time, warp
 
 
 def are_few(x: Tensor, most: int) -> bool:
-    """Rows of a model that decodes on a GPU: to multiply them is to read the weights."""
+    """Rows of a model that decodes on a GPU: to multiply them is to read the weights.
+
+    most: 2 where each is a row of one matrix (a token and its draft), 8 where each has experts of
+    its own (--bench times 1, 2 and 8).
+    """
     return has_kernels(x) and 0 < len(x) <= most and not torch.is_grad_enabled()
 
 
@@ -1682,17 +1686,19 @@ def bench_kernels(device: torch.device) -> None:
 
 @torch.no_grad()
 def bench_few_rows(device: torch.device) -> None:
-    """`few_rows` beside linear: V2-Lite's first matrices in bf16, more than a cache holds."""
+    """What `few_rows` does with AMX, beside linear: V2-Lite's first matrices in bf16, more than a
+    cache holds."""
     weights = torch.randn(24, 2816, 2048).bfloat16().unbind()
     gigabytes = sum(w.numel() * w.itemsize for w in weights) / 1e9
+    ours = "the first" if has_amx() else "linear"
     for n in 1, 8, 32:
         x = torch.randn(n, 2048).bfloat16()
         tasks = {
-            "few": lambda x=x: [few_rows(x, w) for w in weights],
+            "few": lambda x=x: [few_rows(x, w, amx=True) for w in weights],
             "linear": lambda x=x: [F.linear(x, w) for w in weights],
         }
         speed = {name: 1e3 * gigabytes / ms for name, ms in race(tasks, device).items()}
-        text = f"GB/s of weights read, {speed['linear']:.1f} by linear"
+        text = f"GB/s of weights read, {speed['linear']:.1f} by linear; here {ours} is used"
         measure(f"few_rows_{n}", speed["few"], text)
 
 

@@ -228,6 +228,7 @@ class Linear(nn.Linear):
     """nn.Linear, and 03's few_rows for the rows of a model that decodes."""
 
     def forward(self, x: Tensor) -> Tensor:
+        # on a CPU bf16 alone (03's --bench goes to 32); on a GPU a token, or it and its draft
         most = 32 * (x.dtype.itemsize == 2) if x.is_cpu else 2 * moe.has_kernels(x)
         few = most and x.dim() > 1 and 0 < x.shape[:-1].numel() <= most and self.bias is None
         if not few or x.dtype != self.weight.dtype or torch.is_grad_enabled():

@@ -1156,6 +1156,9 @@ def arguments() -> argparse.Namespace:
         cli.error("--save, --fp8 and --compile want a FOLDER")
     if args.compile and (args.save or args.fp8):
         cli.error("--compile is for a chat, and not for weights kept in FP8")
+    kind = args.device.split(":")[0]
+    if args.compile and not (kind == "cpu" or kind == "cuda" and moe.triton):
+        cli.error(f"--compile wants --device cpu, or cuda with Triton, got {args.device}")
     try:
         torch.zeros(1, device=args.device).item()
         if torch.device(args.device).type == "cuda":

@@ -1087,3 +1087,5 @@ def test_the_command_line(tmp_path, encoding):
     assert done.returncode == 2 and "want a FOLDER" in done.stderr
     done = call(tmp_path / "run", "--compile", "--fp8")
     assert done.returncode == 2 and "--compile is for a chat" in done.stderr
+    done = call(tmp_path / "run", "--compile", "--device", "meta")
+    assert done.returncode == 2 and "--compile wants --device cpu, or cuda" in done.stderr
