@@ -1001,8 +1001,9 @@ class MultiHeadLatentAttention(nn.Module):
         return self.attention(q, k, v, causal=mask is None, scale=self.scale, mask=mask)
 
     def absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, lengths=None, pages=None
-    ) -> Tensor:
+        self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, lengths=None, pages=None,
+        decode=mla_decode,
+    ) -> Tensor:  # fmt: skip
         """V2 app. C: W_UK joins the query, W_UV waits for the sum -> the same (B, H, T, V).
 
         W_UQ and W_UK stay two matrices: their product would be Q·L numbers a head, not Q·N + N·L.
@@ -1019,7 +1020,7 @@ class MultiHeadLatentAttention(nn.Module):
             q_latent = q_nope.transpose(0, 1).flatten(1, 2) @ w_uk  # (H, B·T, L)
             q_latent = q_latent.unflatten(1, (B, T)).transpose(0, 1)  # (B, H, T, L)
             q = torch.cat((q_latent, q_rope), -1)  # (B, H, T, L + R)
-        mixed = mla_decode(q, entries, L, self.scale, lengths=lengths, pages=pages)  # (B, H, T, L)
+        mixed = decode(q, entries, L, self.scale, lengths=lengths, pages=pages)  # (B, H, T, L)
         mixed = mixed.to(q.dtype)
         if few:  # (B, H, T, V), lying as (B, T, H, V): so o_proj wants it
             return by_head(mixed, w_uv, q.new_empty(B, T, H, w_uv.shape[1]).transpose(1, 2))
@@ -1301,6 +1302,12 @@ def matmul_attention(q, k, v, causal=True, scale=None, mask=None, keys_left=Fals
     return (scores.softmax(-1) @ v).flatten(1, 2).unsqueeze(2)  # (B, H, 1, V)
 
 
+def matmul_decode(q, entries, kv_lora_rank, scale, **everything) -> Tensor:
+    """`mla_decode` of one query token as MHA's fastest rival does it: bf16 rounds the scores."""
+    k = entries[:, None]
+    return matmul_attention(q, k, k, scale=scale, keys_left=True)[..., :kv_lora_rank]
+
+
 def rows_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The heads of a group as rows of one query, as in `mla_decode`."""
     rows = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, G, H/G, D)
@@ -1313,11 +1320,11 @@ OPERATIONS = {  # of the attention part on one slot of the cache: bytes, flop
     "MLA re-expanded": (1152, 2 * 512 * 16 * 256 + 2 * 16 * (192 + 128)),
     "MLA absorbed": (1152, 2 * 16 * (576 + 512)),
 }
+PRODUCTS = {"matmul": matmul_attention, "keys left": partial(matmul_attention, keys_left=True)}
 RIVALS = {  # which is fastest depends on dtype, heads and context: each kind of head takes its best
     "SDPA": partial(F.scaled_dot_product_attention, enable_gqa=True),
     "SDPA by groups": rows_attention,
-    "matmul": matmul_attention,
-    "matmul, keys left": partial(matmul_attention, keys_left=True),
+    **PRODUCTS,
 }
 
 
@@ -1331,11 +1338,12 @@ def decode_tasks(S: int, device: torch.device, dtype: torch.dtype) -> dict[str, 
     for kind, G in ("MHA", 16), ("GQA-2", 2):
         q, k, v = random(1, 16, 1, 128), random(1, G, S, 128), random(1, G, S, 128)
         tasks |= {f"{kind}: {name}": partial(rival, q, k, v) for name, rival in RIVALS.items()}
-    layer = MultiHeadLatentAttention(**V2_LITE, attention=matmul_attention).to(device, dtype)
-    q_nope, q_rope, entries = random(1, 16, 1, 128), random(1, 16, 1, 64), random(1, S, 576)
-    latent, k_rope = entries.split((512, 64), -1)
-    tasks["MLA re-expanded: "] = partial(layer.explicit, q_nope, q_rope, latent, k_rope, None)
-    tasks["MLA absorbed: "] = partial(layer.absorbed, q_nope, q_rope, entries, None)
+    for kind, decode in ("absorbed", mla_decode), ("rounded", matmul_decode):
+        layer = MultiHeadLatentAttention(**V2_LITE, attention=matmul_attention).to(device, dtype)
+        q, entries = (random(1, 16, 1, 128), random(1, 16, 1, 64)), random(1, S, 576)
+        tasks[f"MLA {kind}: "] = partial(layer.absorbed, *q, entries, decode=decode)
+    latents = entries.split((512, 64), -1)
+    tasks["MLA re-expanded: "] = partial(layer.explicit, *q, *latents, None)
     return tasks
 
 
@@ -1366,6 +1374,7 @@ def decoding(device: torch.device, out: Path) -> None:
     curves: dict[str, list[float]] = {}
     for S in contexts:
         tasks = decode_tasks(S, device, torch.bfloat16)
+        del tasks["MLA rounded: "]
         slow = {name: tasks.pop(name) for name in list(tasks) if "re-expanded" in name}
         times = race(tasks, device) | race(slow, device, rounds=2)  # so slow that two tell
         for kind, (ms, _) in fastest(times).items():
@@ -1426,7 +1435,9 @@ def draw(contexts: list[int], curves: dict, points: dict, roof: tuple, out: Path
 # The attention part counts the products with W_UK and W_UV. To the whole layer's time both kinds
 # add that of reading their projections for every token, 13.8M weights here and 16.8M in MHA.
 # fp32 doubles the bytes of either; MHA, which waits for them, feels that more than absorbed MLA,
-# which spends 30 operations on one of bf16, 15 on one of fp32.
+# which spends 30 operations on one of bf16, 15 on one of fp32. Without AMX the fastest MHA in bf16
+# is two plain products, and their scores are rounded to bf16; those of `mla_decode` are fp32. So
+# there is a second ratio: MLA by two plain products, against MHA by the same.
 
 
 class HeadsWithCache:
@@ -1452,12 +1463,16 @@ def bench(device: torch.device, S: int = 8192) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         tasks = decode_tasks(S, device, dtype)
         del tasks["MLA re-expanded: "]
-        best = fastest(race(tasks, device))
+        best = fastest(times := race(tasks, device))
         (mine, _), (theirs, rival) = best["MLA absorbed"], best["MHA"]
         name = "bf16" if dtype is torch.bfloat16 else "fp32"
         bar = "   goal 2" if dtype is torch.bfloat16 and device.type == "cpu" else ""
         text = f"x   MHA {theirs:.3g} ms ({rival}) / MLA {mine:.3g} ms{bar}"
         measure(f"absorbed_ratio_{name}", theirs / mine, text)
+        if dtype is torch.bfloat16:
+            ms, alike = best["MLA rounded"][0], min(times[f"MHA: {name}"] for name in PRODUCTS)
+            text = f"x   MHA {alike:.3g} ms / MLA {ms:.3g} ms, the scores of both rounded to bf16"
+            measure("absorbed_ratio_bf16_scores", alike / ms, text)
 
         layer = MultiHeadLatentAttention(**V2_LITE).to(device, dtype)
         cache = LatentCache(1, S, 512, 64, device, dtype)
