@@ -118,7 +118,8 @@ def process_advantages(rewards: Tensor, ends: Tensor, T: int) -> Tensor:
     """Rewards of steps, not of answers: each token gets those of all steps that end at it or later.
 
     rewards: (G, S) of one group's answers, normalised together ([1] §4.1.3); ends: (G, S) int64,
-    the place of each step's last token, −1 where an answer has fewer steps -> (G, T).
+    the place of each step's last token, −1 where an answer has fewer steps -> (G, T), for
+    `grpo_loss`. Places and T are those of its mask, which begins with the second token of a text.
     """
     if rewards.shape != ends.shape or rewards.dim() != 2 or (ends >= T).any():
         got = f"{tuple(rewards.shape)}, {tuple(ends.shape)}, T = {T}"
@@ -214,8 +215,9 @@ class Rollout(NamedTuple):
     mask: Tensor  # (B, T − 1) bool: was tokens[:, 1:] drawn?
     logp: Tensor  # (B, T − 1) fp32: ln of the probability it was drawn with; else 0
     ended: Tensor  # (B,) bool: by its end, and not by the limit
-    # (B, T, mixtures, K): the experts each token used, if one was drawn after it; 0 elsewhere
+    # (B, T, mixtures, K): the experts each token used, if one was drawn after it; else anything
     routes: Tensor | None = None
+    drawing: tuple[float, float] = (1.0, 1.0)  # temperature, top_p
 
     def answers(self) -> list[list[int]]:
         rows = zip(self.tokens[:, 1:], self.mask, strict=True)
@@ -265,6 +267,7 @@ def rollout(
 
     The logp are those of the very distribution that is drawn from: temperature and top_p included
     (temperature 0: the likeliest token, with probability 1). A row that has ended leaves the batch.
+    To learn from, draw at a top_p of 1: `score` knows no other (V3.2 keeps what top_p left [4]).
     ValueError: an empty prompt, more tokens than max_position_embeddings.
     """
     lengths = [len(prompt) for prompt in prompts]
@@ -302,9 +305,9 @@ def rollout(
         states, place = states[rows], (last + 1)[rows]  # where a row's next token goes
         active, live = torch.arange(B, device=device), torch.ones_like(ended)
         for step in range(max_new_tokens):
-            chosen, chance = draw(model.head(states), temperature, top_p, generator)
+            chosen, said = draw(model.head(states), temperature, top_p, generator)
             now, at = active[live], place[active[live]]
-            tokens[now, at], logp[now, at - 1], mask[now, at - 1] = chosen[live], chance[live], True
+            tokens[now, at], logp[now, at - 1], mask[now, at - 1] = chosen[live], said[live], True
             place[now] += 1
             ended[active] |= chosen == eos_token_id  # of a row that has ended, it has
             live = live & (chosen != eos_token_id)
@@ -322,7 +325,8 @@ def rollout(
                 routes[active, place[active] - 1] = torch.stack(seen, 1)
     T = int(place.max())
     routes = routes[:, :T] if record_routes else None
-    return Rollout(tokens[:, :T], mask[:, : T - 1], logp[:, : T - 1], ended, routes)
+    drawing = temperature, top_p
+    return Rollout(tokens[:, :T], mask[:, : T - 1], logp[:, : T - 1], ended, routes, drawing)
 
 
 def draw(
@@ -335,7 +339,8 @@ def draw(
         logp = (logits.float() / temperature).log_softmax(-1)
     else:
         logp = mtp.probabilities(logits, temperature, top_p).log()
-    # the first token whose cumulated probability exceeds u: a tenth of the time of multinomial
+    # the first token whose cumulated probability exceeds u: a fifth of the time of multinomial for
+    # 261 tokens, half of it for 4,096
     wide = torch.float32 if logp.device.type == "mps" else torch.float64
     upto = logp.exp().cumsum(-1, dtype=wide)
     u = torch.rand(len(logp), 1, generator=generator, dtype=wide, device=logp.device)
@@ -397,6 +402,12 @@ def overlong_penalty(length: int, limit: int, buffer: int) -> float:
     return -min(max(length - (limit - buffer), 0) / max(buffer, 1), 1.0)
 
 
+def thinks(response: str) -> bool:
+    """Is it of the right form, with thoughts that aren't empty?"""
+    found = parse(response)
+    return found is not None and bool(found[0].strip())
+
+
 class Problem(NamedTuple):
     prompt: str
     answer: str
@@ -404,7 +415,10 @@ class Problem(NamedTuple):
 
 
 class Task:
-    """What is asked, and what an answer is worth. Yours: a subclass with `problem`, in any file.
+    """What is asked, and what an answer is worth. Yours: a subclass with `problem`, in any file:
+
+        from importlib import import_module
+        class Mine(import_module("07_grpo").Task): …
 
     python 07_grpo.py --init FOLDER --task mine.py:Mine; with `clean` and `cold` as Clock has them,
     without --init. Right is what equals problem.answer as text, unless `correct` says otherwise.
@@ -628,6 +642,22 @@ def encode_prompt(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
     return [encoding.encode_single_token(base.END), *encode(encoding, prompt)]
 
 
+class BadProblem(ValueError):
+    """A prompt that leaves no room for its answer; a reward that raises or is no finite number."""
+
+
+def encode_prompts(
+    encoding: tiktoken.Encoding, task: Task, problems: Sequence[Problem], limit: int
+) -> list[list[int]]:
+    """BadProblem names the first whose prompt and longest answer are over `limit` tokens."""
+    prompts = [encode_prompt(encoding, problem.prompt) for problem in problems]
+    for problem, prompt in zip(problems, prompts, strict=True):
+        if (room := len(prompt) + task.max_new_tokens) > limit:
+            said = f"prompt {problem.prompt!r} and its answer, {room} tokens, are over {limit}"
+            raise BadProblem(said)
+    return prompts
+
+
 def decode_answers(encoding: tiktoken.Encoding, sampled: Rollout) -> list[str]:
     end = encoding.encode_single_token(base.END)
     return [encoding.decode([t for t in row if t != end]) for row in sampled.answers()]
@@ -709,17 +739,13 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-class BadReward(ValueError):
-    """A reward that raises or is no finite number, and the prompt it is of."""
-
-
 def run_stage(
     model: base.DeepSeek, optimizer, encoding: tiktoken.Encoding, steps: int, folder: Path,
     step: Callable[[int], dict], every: int = 20,
 ) -> list[dict]:  # fmt: skip
     """step(number) -> its metrics, `steps` times over; logged into `folder`, saved once in `every`.
 
-    What lies there already is gone on with. Ctrl-C ends the step and saves; so does a BadReward,
+    What lies there already is gone on with. Ctrl-C ends the step and saves; so does a BadProblem,
     which no step raises once it has touched the weights. A step must depend on its number alone,
     and not on what random numbers went before.
     """
@@ -735,7 +761,7 @@ def run_stage(
             begin = time.perf_counter()
             try:
                 metrics = step(state["step"])
-            except BadReward:
+            except BadProblem:
                 save()
                 raise
             state["step"] += 1
@@ -793,7 +819,7 @@ Reward = Callable[[list[Problem], list[str]], Sequence[float]]
 
 
 def checked_rewards(reward: Reward, problems: list[Problem], responses: list[str]) -> Tensor:
-    """A finite number for each -> (B,) fp32, or a BadReward that names the prompt."""
+    """A finite number for each -> (B,) fp32, or a BadProblem that names the prompt."""
     try:
         rewards = [float(value) for value in reward(problems, responses)]
     except Exception as error:
@@ -802,18 +828,18 @@ def checked_rewards(reward: Reward, problems: list[Problem], responses: list[str
                 float(list(reward([problem], [response]))[0])
             except Exception:
                 text = f"the reward of prompt {problem.prompt!r}, response {response!r} raises"
-                raise BadReward(f"{text} {error!r}") from error
+                raise BadProblem(f"{text} {error!r}") from error
         text = f"the rewards of {len(problems)} responses together raise {error!r}"
-        raise BadReward(f"{text}, the first to prompt {problems[0].prompt!r}") from error
+        raise BadProblem(f"{text}, the first to prompt {problems[0].prompt!r}") from error
     if len(rewards) != len(problems):
-        raise BadReward(
+        raise BadProblem(
             f"{len(rewards)} rewards for {len(problems)} responses, the first to prompt "
             f"{problems[0].prompt!r}"
         )
     found = torch.tensor(rewards)  # fp32: 1e39 is no number there
     for i in (~found.isfinite()).nonzero().flatten().tolist():
         text = f"the reward of prompt {problems[i].prompt!r}, response {responses[i]!r}"
-        raise BadReward(f"{text} is {rewards[i]}, want a finite number of fp32")
+        raise BadProblem(f"{text} is {rewards[i]}, want a finite number of fp32")
     return found
 
 
@@ -835,8 +861,12 @@ def update(
 
     advantages: (B,); limit: the longest answer, in tokens. What the sampler says of its tokens
     stands for the old policy: it is the one that drew them, so no pass is spent on it, and the
-    first update's ratios are 1 but for rounding: its largest |ln ρ| is the gap.
+    first update's ratios are 1 but for rounding: its largest |ln ρ| is the gap. ValueError: it drew
+    at another temperature than the recipe's, or with top_p.
     """
+    if sampled.drawing != (recipe.temperature, 1.0):
+        got = "temperature {}, top_p {}".format(*sampled.drawing)
+        raise ValueError(f"drawn at {got}; to learn from at {recipe.temperature}, 1.0 is needed")
     device, mask = sampled.tokens.device, sampled.mask
     if recipe.overlong == "mask":
         mask = mask & sampled.ended[:, None]
@@ -885,8 +915,8 @@ def train_grpo(
 ) -> list[dict]:  # fmt: skip
     """GRPO in place, logged and saved into `folder`, gone on with if it holds a part of it.
 
-    reward: (problems, responses) -> a number for each; None: the task's. ValueError names the
-    prompt whose reward raises or is no finite number; the policy is saved first. The routers' bias
+    reward: (problems, responses) -> a number for each; None: the task's. BadProblem names the
+    prompt that is at fault; the policy is saved first. The routers' bias
     stays as it is: a batch of 32 prompts is no picture of the load, and moving it would send the
     tokens that were just sampled to other experts.
     """
@@ -894,13 +924,14 @@ def train_grpo(
     optimizer = make_optimizer(model, recipe.learning_rate)
     reference = copy.deepcopy(model).requires_grad_(False)
     device, end = model.lm_head.weight.device, encoding.encode_single_token(base.END)
+    limit = model.config.max_position_embeddings
 
     def step(number: int) -> dict:
         rng = random.Random(f"{seed} {folder.name} {number}")
         generator = torch.Generator(device).manual_seed(rng.getrandbits(32))
         shuffler = torch.Generator().manual_seed(rng.getrandbits(32))
         problems = [task.problem(rng, held_out=False) for _ in range(recipe.prompts)]
-        prompts = [encode_prompt(encoding, problem.prompt) for problem in problems]
+        prompts = encode_prompts(encoding, task, problems, limit)
         begin = time.perf_counter()
         sampled = rollout(
             model, prompts, task.max_new_tokens, recipe.group, recipe.temperature,
@@ -914,10 +945,8 @@ def train_grpo(
         rewards = checked_rewards(reward, asked, texts)
         right = checked_rewards(lambda *both: list(map(task.correct, *both)), asked, texts)
         if recipe.overlong == "penalty":
-            limit, lengths = task.max_new_tokens, sampled.mask.sum(1).tolist()
-            rewards += torch.tensor(
-                [overlong_penalty(n, limit, max(limit // 4, 1)) for n in lengths]
-            )
+            most, lengths = task.max_new_tokens, sampled.mask.sum(1).tolist()
+            rewards += torch.tensor([overlong_penalty(n, most, max(most // 4, 1)) for n in lengths])
         rewards = rewards.view(-1, recipe.group)
         advantages = group_advantages(rewards, recipe.advantages).flatten().to(device)
         set_rate(optimizer, recipe.learning_rate * recipe.scale(number))
@@ -934,9 +963,9 @@ def train_grpo(
             "length": sampled.mask.sum().item() / len(texts),
             "reward": rewards.mean().item(),
             "format": statistics.fmean(map(format_reward, texts)),
-            "thinks": statistics.fmean(bool((parse(text) or " ")[0].strip()) for text in texts),
+            "thinks": statistics.fmean(map(thinks, texts)),
             "cut": 1 - sampled.ended.float().mean().item(),
-            "tied": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+            "tied": (advantages.view(-1, recipe.group) == 0).all(1).float().mean().item(),
             "kl": kl.item(),
             "entropy": -sampled.logp[sampled.mask].mean().item(),  # nats a token, estimated
             "rollout_seconds": rollout_seconds,
@@ -957,7 +986,7 @@ def own_answers(
     """
     rng = random.Random(f"collect {seed}")
     asked = [task.problem(rng, held_out=False) for _ in range(problems)]
-    prompts = [encode_prompt(encoding, problem.prompt) for problem in asked]
+    prompts = encode_prompts(encoding, task, asked, model.config.max_position_embeddings)
     end = encoding.encode_single_token(base.END)
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     kept = []
@@ -995,7 +1024,7 @@ def evaluate(
     rng = random.Random(seed)
     drawn = (task.problem(rng, held_out=True) for _ in range(20 * problems))
     asked = list(itertools.islice(dict.fromkeys(drawn), problems))
-    prompts = [encode_prompt(encoding, problem.prompt) for problem in asked]
+    prompts = encode_prompts(encoding, task, asked, model.config.max_position_embeddings)
     end = encoding.encode_single_token(base.END)
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     drawn = rollout(
@@ -1016,7 +1045,7 @@ def evaluate(
         "error": float(np.std(counts / samples) / math.sqrt(len(asked))),  # standard, of pass_at_1
         "greedy": statistics.fmean(map(task.correct, asked, greedy_texts)),
         "format": statistics.fmean(map(format_reward, texts)),
-        "thinks": statistics.fmean(bool((parse(text) or " ")[0].strip()) for text in texts),
+        "thinks": statistics.fmean(map(thinks, texts)),
         "length": drawn.mask.sum().item() / len(texts),
     }
 
@@ -1137,9 +1166,11 @@ def draw_curves(metrics: list[dict], ceiling: float | None, out: Path) -> None:
         text = "right answers before the cold start hid it"
         left.axhline(ceiling, ls="--", lw=0.8, color="gray", label=text)
     left.set(xlabel="step", ylabel="share of a batch, T = 1", ylim=(0, 1.08))
-    title = "Rewards alone bring the thinking back"
+    title = "Rewards alone make it right more often"
     if metrics[0]["thinks"] > 0.5:
         title = "It always thought; rewards alone make it right more often"
+    elif metrics[-1]["thinks"] > metrics[0]["thinks"] + 0.1:
+        title = "Rewards alone bring the thinking back"
     gained = metrics[-1]["accuracy"] > metrics[0]["accuracy"] + 0.1
     left.set_title(title if gained else "No gain from rewards")
     left.legend(loc="lower right", fontsize=8)
@@ -1188,8 +1219,8 @@ def bench(model: base.DeepSeek, encoding: tiktoken.Encoding, task: Task) -> None
 
 
 # %% Exercises ---------------------------------------------------------------------------------
-# 1. Break it: multiply learning_rate by five. Length, form and thinking rise as before; what falls
-#    to a third meanwhile, and which of the right figure's curves tells you when?
+# 1. Break it: five times the learning_rate, 500 steps. Length, form and thinking rise as before;
+#    what falls to a thirtieth, and which of the right figure's curves tells you when?
 # 2. Reward the answer's digits anywhere in the response instead of between the tags. What does the
 #    policy find, and how many steps does it need? (benchmarks/grpo.py hack)
 # 3. Pass what is scored now as what was scored then: `grpo_loss(logp, logp.detach(), …)`, with two
@@ -1240,7 +1271,8 @@ def take_over(args: argparse.Namespace) -> None:
         entry = {"preset": "elicit", "further": False} | entry  # older than the flags
         for key in KEPT:
             setattr(args, key, entry[key])
-    except (OSError, ValueError, KeyError) as error:
+        PRESETS[args.preset]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"--resume {args.resume} is no folder of a run: {error!r}") from None
     args.init = args.init and Path(args.init)
 
@@ -1282,22 +1314,22 @@ def lesson(args: argparse.Namespace) -> None:
         raise ValueError(f"--task {args.task} has no worked examples: want --init FOLDER")
     torch.manual_seed(args.seed)
     model, encoding = begin_model(args)
-    for held_out in False, True:  # what may fail does so before anything is written
-        try:
-            prompt = task.problem(random.Random(args.seed), held_out).prompt
-        except NotImplementedError:
-            raise ValueError(f"--task {args.task} doesn't say what its problems are") from None
-        room = len(encode_prompt(encoding, prompt)) + task.max_new_tokens
-        if room > (limit := model.config.max_position_embeddings):
-            raise ValueError(f"prompt {prompt!r} and its answer, {room} tokens, are over {limit}")
+    try:  # what may fail does so before anything is written
+        asked = [task.problem(random.Random(args.seed), held_out) for held_out in (False, True)]
+    except NotImplementedError:
+        raise ValueError(f"--task {args.task} doesn't say what its problems are") from None
+    if task.max_new_tokens < 1:
+        raise ValueError(f"--task {args.task}: want max_new_tokens >= 1, got {task.max_new_tokens}")
+    asked += itertools.chain(*getattr(task, "sets", ()))  # of a file: all there are
+    encode_prompts(encoding, task, asked, model.config.max_position_embeddings)
     folder = args.resume or begin_run(args)
-    (stages, recipe), own, problems = PRESETS[args.preset], OWN, 256
+    (stages, recipe), own, problems, more = PRESETS[args.preset], OWN, 256, OWN_PROBLEMS
+    if args.quick:  # no answer is right yet: all groups tie
+        stages = {name: replace(stage, steps=4) for name, stage in stages.items()}
+        recipe = replace(recipe, steps=2, prompts=4, group=4, skip_ties=False)
+        own, problems, more = replace(own, steps=4), 8, 32
     if args.steps:
         recipe = replace(recipe, steps=args.steps)
-    if args.quick:
-        stages = {name: replace(stage, steps=4) for name, stage in stages.items()}
-        own, recipe = replace(own, steps=4), replace(recipe, steps=2, prompts=4, group=4)
-        problems = 8
     verify_equations()
     print(f"run      {folder}   {sum(p.numel() for p in model.parameters()):,} parameters")
     look = lambda: evaluate(model, encoding, task, problems)
@@ -1313,8 +1345,9 @@ def lesson(args: argparse.Namespace) -> None:
         before, said_before = look(), transcript(model, encoding, task, args.seed)
         metrics = train_grpo(model, encoding, task, recipe, folder / "rl", args.seed)
         if args.further:
-            pairs = own_answers(model, encoding, task, OWN_PROBLEMS, 4, args.seed)
-            print(f"further  {len(pairs):,} of {OWN_PROBLEMS:,} problems have a right answer")
+            pairs = own_answers(model, encoding, task, more, 4, args.seed)
+            left_out = "" if pairs else ": both stages are left out"
+            print(f"further  {len(pairs):,} of {more:,} problems have a right answer{left_out}")
         if args.further and pairs:
             pick = lambda rng: rng.choice(pairs)
             examples(origin, example=pick, recipe=own, folder=folder / "own")
@@ -1325,10 +1358,12 @@ def lesson(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print(f"stopped  go on with: python 07_grpo.py --resume {folder}")
         raise SystemExit(130) from None
+    except BadProblem:
+        print(f"stopped  saved; once it is mended: python 07_grpo.py --resume {folder}")
+        raise
     if args.quick:
         print("quick    the numbers below are those of a model that has learnt nothing yet")
     after, said_after = look(), transcript(model, encoding, task, args.seed)
-    verify_sampler(model, encoding, task)
     report(before, after, ceiling, metrics, recipe)
     for name, found in later.items():
         text = f"from where stage one ended; greedy {found['greedy']:.3f}"
@@ -1338,6 +1373,7 @@ def lesson(args: argparse.Namespace) -> None:
     measure("seconds", time.perf_counter() - begin, f"s {since}")
     draw_curves(metrics, ceiling and ceiling["pass_at_1"], folder / "curves.png")
     print(f"figure   {folder / 'curves.png'}")
+    verify_sampler(model, encoding, task)
     print(f"before   {said_before!r}\nafter    {said_after!r}")
     if args.bench:
         bench(model, encoding, task)
