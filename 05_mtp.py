@@ -165,6 +165,23 @@ def validate_drawing(temperature: float, top_p: float) -> None:
         raise ValueError(f"want temperature 0 or >= 1e-5, and 0 < top_p <= 1, got {got}")
 
 
+def padded_prompts(
+    prompts: list[list[int]], max_new_tokens: int, temperature: float, top_p: float
+) -> tuple[Tensor, list[int]]:
+    """(B, T) int64 with zeros on the right, and the lengths. ValueError: no prompt, an empty one,
+    or impossible settings, before any pass is spent on them."""
+    lengths = [len(prompt) for prompt in prompts]
+    if not prompts or min(lengths) == 0:
+        raise ValueError(f"every prompt needs at least one token, got lengths {lengths}")
+    if max_new_tokens < 0:
+        raise ValueError(f"want max_new_tokens >= 0, got {max_new_tokens}")
+    validate_drawing(temperature, top_p)
+    padded = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = torch.tensor(prompt)
+    return padded, lengths
+
+
 def probabilities(logits: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
     """logits: (…, V) -> the distribution to draw from, (…, V) fp32.
 
@@ -238,19 +255,11 @@ def speculative_generate(
     a cache has truncate(lengths (B,)), which forgets what comes later. module: depth 1.
     ValueError: no module, no prompt, an empty one, or impossible settings.
     """
-    lengths = [len(prompt) for prompt in prompts]
     if module is None:
         raise ValueError("no MTP module to draft with: use generate, or train one")
-    if not prompts or min(lengths) == 0:
-        raise ValueError(f"every prompt needs at least one token, got lengths {lengths}")
-    if max_new_tokens < 0:
-        raise ValueError(f"want max_new_tokens >= 0, got {max_new_tokens}")
-    validate_drawing(temperature, top_p)  # now, not after the first pass
+    padded, lengths = padded_prompts(prompts, max_new_tokens, temperature, top_p)
     drawing = temperature, top_p, generator
     B, room, device = len(prompts), max(lengths) + max_new_tokens, module.enorm.weight.device
-    padded = torch.zeros(B, max(lengths), dtype=torch.int64)  # on the right
-    for row, prompt in enumerate(prompts):
-        padded[row, : len(prompt)] = torch.tensor(prompt)
     padded, rows = padded.to(device), torch.arange(B, device=device)
     kept = torch.tensor(lengths, device=device)  # (B,) tokens that each row's caches shall hold
     caches, [module_cache] = model.new_caches(B, room), model.new_caches(B, room, layers=1)

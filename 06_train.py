@@ -40,6 +40,7 @@ import base64
 import bisect
 import contextlib
 import copy
+import datetime
 import gzip
 import hashlib
 import heapq
@@ -74,7 +75,8 @@ import tiktoken
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import init_device_mesh
@@ -88,6 +90,7 @@ mla = import_module("02_mla")  # MultiHeadLatentAttention, LatentCache
 moe = import_module("03_moe_router")  # MoE, SwiGLU, max_violation
 fp8 = import_module("04_fp8_gemm")  # FP8Linear, fp8_grouped_gemm
 mtp = import_module("05_mtp")  # MTPModule, mtp_loss, choose, speculative_generate
+check, measure = attn.check, attn.measure
 
 # %% 1. The config: a released config.json, field by field -----------------------------------
 
@@ -146,6 +149,8 @@ class DeepSeekConfig:
                 least = 0 if field.name in may_be_zero else 1
                 if not isinstance(value, int) or value < least:
                     raise ValueError(f"{field.name} must be an int >= {least}, got {value!r}")
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{field.name} must be true or false, got {value!r}")
             if field.type is float and not (isinstance(value, (int, float)) and value > 0):
                 raise ValueError(f"{field.name} must be a number > 0, got {value!r}")
         if self.first_k_dense_replace > self.num_hidden_layers:
@@ -155,8 +160,7 @@ class DeepSeekConfig:
             )
         for name in ("bos_token_id", "eos_token_id"):
             token = getattr(self, name)
-            inside = isinstance(token, int) and 0 <= token < self.vocab_size
-            if token is not None and not inside:
+            if token is not None and not (isinstance(token, int) and 0 <= token < self.vocab_size):
                 raise ValueError(f"{name} {token!r} is outside the vocabulary of {self.vocab_size}")
         with torch.device("meta"):  # the pieces check their own arguments, and cost nothing there
             Block(self, layer=0)
@@ -219,9 +223,8 @@ def cpu_or_gpu_attention(q, k, v, causal=True, scale=None, mask=None) -> Tensor:
     return function(q, k, v, causal=causal, scale=scale, mask=mask)
 
 
-def narrow(x: Tensor) -> Tensor:
-    """Cast once, under autocast, what several projections read: each would cast a copy."""
-    return attn.in_autocast_dtype(x)
+# cast once, under autocast, what several projections read: each would cast a copy
+narrow = attn.in_autocast_dtype
 
 
 class Linear(nn.Linear):
@@ -369,7 +372,7 @@ class DeepSeek(nn.Module):
 
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in nats; tokens, labels: (B, T), and a label of -100 is left out."""
-        counted = (labels != -100).sum()
+        counted = (labels >= 0).sum()
         return self.nats(self.hidden(tokens).flatten(0, 1), labels.flatten()) / counted
 
     def nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -384,12 +387,12 @@ class DeepSeek(nn.Module):
         arguments = hidden, self.lm_head.weight, labels, torch.is_grad_enabled()
         return LinearCrossEntropy.apply(*arguments) - extra
 
-    def losses(self, rows: Tensor, mtp_weight: float) -> tuple[Tensor, Tensor | float]:
+    def losses(self, rows: Tensor, mtp_weight: float) -> tuple[Tensor, Tensor]:
         """rows: (B, T + 1) -> the mean cross-entropy of T tokens; the MTP loss, weighted (05)."""
         hidden, labels = self.hidden(rows[:, :-1]), rows[:, 1:]  # (B, T, D), (B, T)
         loss = self.nats(hidden.flatten(0, 1), labels.flatten()) / labels.numel()
         if not self.mtp:
-            return loss, 0.0
+            return loss, loss.new_zeros(())
         end, documents = self.config.eos_token_id, None
         if end is not None:
             documents = (rows == end).cumsum(1)  # it stands before each
@@ -428,23 +431,15 @@ class DeepSeek(nn.Module):
         speculative: the MTP module drafts. Fewer passes, the same text where it is greedy, the same
         distribution where it is drawn (05). listen(row, token) hears each as it is chosen.
         """
-        lengths = [len(prompt) for prompt in prompts]
-        room, limit = max(lengths, default=0) + max_new_tokens, self.config.max_position_embeddings
-        if not prompts or min(lengths) == 0:
-            raise ValueError(f"every prompt needs at least one token, got lengths {lengths}")
+        padded, lengths = mtp.padded_prompts(prompts, max_new_tokens, temperature, top_p)
+        room, limit = max(lengths) + max_new_tokens, self.config.max_position_embeddings
         if room > limit:
             raise ValueError(f"prompt + new tokens = {room} > max_position_embeddings = {limit}")
-        if max_new_tokens < 0:
-            raise ValueError(f"want max_new_tokens >= 0, got {max_new_tokens}")
-        mtp.validate_drawing(temperature, top_p)
         if speculative:
             module = self.mtp[0] if self.mtp else None
             settings = max_new_tokens, temperature, top_p, eos_token_id, generator, listen
             return mtp.speculative_generate(self, module, prompts, *settings)[0]
         device = self.lm_head.weight.device
-        padded = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)  # on the right
-        for row, prompt in enumerate(prompts):
-            padded[row, : len(prompt)] = torch.tensor(prompt)
         last = torch.tensor(lengths, device=device) - 1  # (B,)
         caches = self.new_caches(len(prompts), room)
         states = self.hidden(padded.to(device), caches)[torch.arange(len(last)), last]  # (B, D)
@@ -491,12 +486,14 @@ class DeepSeek(nn.Module):
         with_mtp=False; a config that tells of some where the files have none gets a notice.
         """
         folder = Path(folder)
-        config = read_config(folder, cls.Config)
+        config = read_config(folder / "config.json", cls.Config.from_dict)
         got, behind, shared = {}, {}, {}
         for file in weight_files(folder):
             try:
                 with safe_open(file, "pt", device=str(device)) as tensors:
                     for name in tensors.keys():  # noqa: SIM118 - not a dict
+                        if name.endswith(NO_WEIGHT):
+                            continue
                         layer = regex.match(r"model\.layers\.(\d+)\.", name)
                         if not layer or int(layer[1]) < config.num_hidden_layers:
                             got[name] = tensors.get_tensor(name)
@@ -506,11 +503,11 @@ class DeepSeek(nn.Module):
             except (SafetensorError, FileNotFoundError) as error:
                 raise ValueError(f"{file} can't be read: {error}") from None
         config = with_or_without_mtp(folder, config, bool(behind), with_mtp)
-        behind = behind if config.num_nextn_predict_layers else {}
-        got |= behind
+        drafts = config.num_nextn_predict_layers > 0
+        got |= behind if drafts else {}
         for name, tensor in shared.items():
             ours = "model.embed_tokens" if name.endswith(SHARED[0]) else "lm_head"
-            if behind and not torch.equal(tensor, got.get(f"{ours}.weight", tensor)):
+            if drafts and not torch.equal(tensor, got.get(f"{ours}.weight", tensor)):
                 raise ValueError(f"{folder}: {name} is not {ours}.weight, which MTP shares here")
         with torch.device("meta"):
             model = cls(config)
@@ -529,8 +526,7 @@ class DeepSeek(nn.Module):
 # Three things differ: a file has every expert's matrices apart, we stack them for the grouped GEMM;
 # an MTP module is a layer after the last, its block's names among its own; and it repeats
 SHARED = ("embed_tokens.weight", "shared_head.head.weight")  # which it shares with the model
-
-
+NO_WEIGHT = ".rotary_emb.inv_freq"  # Kimi K2's files hold it, though it follows from the config
 STACKED = regex.compile(r"(.*\.experts)\.(gate_up|down)_proj(?:\.(weight|weight_scale_inv))?")
 
 
@@ -559,7 +555,7 @@ def with_or_without_mtp(folder, config: DeepSeekConfig, found: bool, wanted: boo
     if wanted and found != bool(told):
         what = "has weights of an MTP module" if found else "has no MTP weights"
         says = f"config.json says num_nextn_predict_layers {told}"
-        print(f"notice: {folder.name} {what}, {says}: main model only", file=sys.stderr)
+        print(f"notice: {folder.resolve().name} {what}, {says}: main model only", file=sys.stderr)
     return config if wanted and found and told else replace(config, num_nextn_predict_layers=0)
 
 
@@ -603,10 +599,10 @@ def save_whole(path: Path, write: Callable[[Path], object]) -> None:
         fresh.unlink(missing_ok=True)
 
 
-def read_config(folder: Path, kind: type = DeepSeekConfig) -> DeepSeekConfig:
-    path = folder / "config.json"
+def read_config(path: Path, make: Callable[[dict], DeepSeekConfig]) -> DeepSeekConfig:
+    """make(what a config.json holds). ValueError names the file."""
     try:
-        return kind.from_dict(json.loads(path.read_text("utf-8")))
+        return make(json.loads(path.read_text("utf-8")))
     except (OSError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -634,7 +630,7 @@ class Recipe:
     def scale(self, done: float) -> float:
         """The learning rate's factor when a share `done` of the run lies behind."""
         if done < self.warmup:
-            return max(done, 1e-3) / self.warmup
+            return min(max(done, 1e-3) / self.warmup, 1.0)
         left = min((1 - done) / self.decay, 1.0)  # 1 until the decay begins
         return self.final + (1 - self.final) * (1 - math.cos(math.pi * left)) / 2
 
@@ -758,8 +754,8 @@ def encoding_of(tokens: list[bytes]) -> tiktoken.Encoding:
 
 def save_encoding(encoding: tiktoken.Encoding, path: Path) -> None:
     """One JSON file with all that load_encoding needs."""
-    tokens = [base64.b64encode(t).decode() for t in encoding.token_byte_values()]
-    ranks = {t: encoding.encode_single_token(base64.b64decode(t)) for t in tokens}
+    rank = encoding.encode_single_token
+    ranks = {base64.b64encode(t).decode(): rank(t) for t in encoding.token_byte_values()}
     special = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
     raw = {"pat_str": encoding._pat_str, "special_tokens": special, "mergeable_ranks": ranks}
     save_whole(path, lambda fresh: fresh.write_text(json.dumps(raw)))
@@ -769,8 +765,10 @@ def load_encoding(path: Path) -> tiktoken.Encoding:
     try:
         raw = json.loads(path.read_text())
         ranks = {base64.b64decode(t): rank for t, rank in raw.pop("mergeable_ranks").items()}
+        if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+            raise ValueError(f"byte {missing[0]} is no token")  # at which tiktoken would panic
         return tiktoken.Encoding(path.stem, mergeable_ranks=ranks, **raw)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is no tokenizer of ours: {error}") from None
 
 
@@ -851,7 +849,7 @@ def jsonl_texts(file: Path, raw: bytes) -> Iterator[bytes]:
             continue
         try:
             yield json.loads(line)["text"].encode()
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f'{file}, line {number}: want {{"text": "…"}}') from None
 
 
@@ -943,12 +941,11 @@ def named_encoding(name: str) -> tiktoken.Encoding:
         encoding = tiktoken.get_encoding(name)
         encoding.encode_single_token(END)
         return encoding
-    except ValueError as error:
-        raise ValueError(f"--encoding {name}: {str(error).splitlines()[0]}") from None
     except KeyError:
         raise ValueError(f"--encoding {name} has no {END}") from None
-    except Exception as error:  # whatever the network library raises
-        raise ValueError(f"--encoding {name} can't be had: {type(error).__name__}") from None
+    except Exception as error:  # an unknown name, or whatever the network library raises
+        reason = (str(error) or repr(error)).splitlines()[0][:100]
+        raise ValueError(f"--encoding {name} can't be had: {reason}") from None
 
 
 def compressors(train: bytes, held_out: bytes) -> dict[str, float]:
@@ -1025,31 +1022,30 @@ def make_optimizer(model: DeepSeek, recipe: Recipe) -> torch.optim.AdamW:
 def training_step(
     model: DeepSeek, optimizer, recipe: Recipe, rows: list[Tensor], scale: float | Tensor,
     mtp_weight: float | Tensor,
-) -> tuple[Tensor, Tensor | float, Tensor | None]:  # fmt: skip
-    """One update from `accumulate` batches (B, T + 1) -> mean loss (nats), mean MTP loss, weighted,
-    loads (layers, E), those of the MTP modules last: all of them over all processes."""
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """One update from `accumulate` batches (B, T + 1) -> mean loss (nats; NaN too where a gradient
+    is no number), mean MTP loss, weighted, loads (layers, E), those of the MTP modules last: all of
+    them over all processes."""
     device, mixtures = model.lm_head.weight.device, model.mixtures() + model.mtp_mixtures()
-    total, drafting, loads = 0.0, 0.0, 0
+    losses, loads = 0.0, 0
     for part in rows:
         part = part.to(device, non_blocking=True)
         with autocast(device):
-            loss, further = model.losses(part, mtp_weight)
+            both = torch.stack(model.losses(part, mtp_weight))  # of the next token; the MTP loss
             balance = sum(m.balance_loss for m in mixtures)
-        ((loss + further + recipe.balance_alpha * balance) / len(rows)).backward()
-        total = total + loss.detach() / len(rows)
-        drafting = drafting + (further.detach() / len(rows) if model.mtp else 0.0)
+        ((both.sum() + recipe.balance_alpha * balance) / len(rows)).backward()
+        losses = losses + both.detach() / len(rows)
         loads = loads + torch.stack([m.load for m in mixtures]) if mixtures else None
-    total, drafting = over_ranks(total, "mean"), over_ranks(drafting, "mean")
-    loads = over_ranks(loads, "sum")
+    losses, loads = over_ranks(losses, "mean"), over_ranks(loads, "sum")
     for group in optimizer.param_groups:
         group["lr"] = recipe.learning_rate * scale
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     optimizer.step()
     optimizer.zero_grad()
     for mixture, load in zip(mixtures, loads if mixtures else (), strict=True):
         if mixture.gate.e_score_correction_bias is not None:
             mixture.gate.update_bias(load, recipe.bias_update_speed * scale)
-    return total, drafting, loads
+    return *(losses + 0 * norm), loads
 
 
 class GraphedStep:
@@ -1143,10 +1139,8 @@ def evaluate(model: DeepSeek, tokens: np.ndarray, context: int, stride: int):
         windows = np.stack([tokens[s : s + context + 1] for s in group]).astype(np.int64)
         part = torch.from_numpy(windows).to(device)
         labels = part[:, 1:].clone()
-        if group[0] > 0:
-            labels[:, : context - stride] = -100  # the window before has predicted them
-        else:
-            labels[1:, : context - stride] = -100
+        first = int(group[0] == 0)  # of the others the window before has predicted these
+        labels[first:, : context - stride] = -100
         with autocast(device):
             loss = model.loss(part[:, :-1], labels)
         nats += loss.item() * int((labels != -100).sum())
@@ -1174,9 +1168,6 @@ class Run:
     def saved(self) -> bool:
         return self.checkpoint.exists() or (self.folder / "checkpoint.old").exists()
 
-    def begun(self) -> bool:
-        return self.saved() or (self.folder / "metrics.jsonl").exists()
-
     def is_young(self) -> bool:
         """Killed before its first checkpoint, which follows the first probe of held-out text."""
         return not self.saved() and not any("held_out_loss" in e for e in self.metrics()[:-1])
@@ -1193,14 +1184,14 @@ class Run:
         Of several processes the first writes, and all must call.
         """
         fresh, old = self.folder / "checkpoint.tmp", self.folder / "checkpoint.old"
-        plain = gathered(model)
+        plain, moments = gathered(model), {}
         names = {id(p): name for name, p in model.named_parameters()}
-        moments = {
-            f"{names[id(parameter)]}:{key}": whole(value.detach()).cpu()
-            for parameter, values in optimizer.state.items()
-            for key, value in values.items()
-        }
-        if rank_and_size()[0]:
+        for parameter, values in optimizer.state.items():
+            for key, value in values.items():
+                value = whole(value.detach())
+                if plain:
+                    moments[f"{names[id(parameter)]}:{key}"] = value.cpu()
+        if not plain:
             return
         shutil.rmtree(fresh, ignore_errors=True)
         plain.save_pretrained(fresh)
@@ -1228,7 +1219,9 @@ class Run:
             for name, ours in model.state_dict().items():
                 ours.copy_(part_of(weights[name], ours))
         try:
-            moments = load_file(self.checkpoint / "training/optimizer.safetensors")
+            # read, not mapped: the next save deletes the file
+            file = self.checkpoint / "training/optimizer.safetensors"
+            moments = load_bytes(file.read_bytes())
             state = json.loads((self.checkpoint / "training/state.json").read_text())
             state = {"step": int(state["step"]), "seconds": float(state["seconds"])}
         except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
@@ -1255,12 +1248,17 @@ def interrupts() -> Iterator[list]:
         signal.signal(number, before[number])
 
     for number in signal.SIGINT, signal.SIGTERM:
+        if signal.getsignal(number) is signal.SIG_IGN:  # as nohup asks for
+            continue
         before[number] = signal.signal(number, note) or signal.SIG_DFL  # None: not Python's
     try:
         yield seen
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+LOWER = "lower the recipe's learning_rate (a checkpoint is of an earlier step)"
 
 
 def train(
@@ -1276,7 +1274,7 @@ def train(
     """
     run, optimizer = Run(folder), make_optimizer(model, recipe)
     state, rank, stop = {"step": 0, "seconds": 0.0}, rank_and_size()[0], False
-    if not resume and not rank and run.begun():
+    if not resume and not rank and (run.saved() or (folder / "metrics.jsonl").exists()):
         raise ValueError(f"{folder} holds a run already: resume=True, or another folder")
     if resume and not run.is_young():
         state = run.restore(model, optimizer)
@@ -1305,7 +1303,7 @@ def train(
             loss, drafting, loads = run_step(parts, scale, weight)
             loss = loss.item()  # waits for the device
             if not math.isfinite(loss):
-                raise ValueError(f"loss {loss} at step {state['step'] + 1}: lower learning_rate")
+                raise ValueError(f"loss {loss} at step {state['step'] + 1}: {LOWER}")
             state["step"] += 1
             state["seconds"] += agreed(time.perf_counter() - begin)
             entry = {"step": state["step"], "loss": loss, "seconds": state["seconds"]}
@@ -1320,6 +1318,8 @@ def train(
             if due:
                 reported = int(share() * reports)
                 nats, _ = evaluate(model, probe, recipe.context, recipe.context)
+                if not math.isfinite(nats):
+                    raise ValueError(f"held-out loss {nats} after step {state['step']}: {LOWER}")
                 entry["held_out_loss"] = nats / (len(probe) - 1)
             if not rank:
                 run.log(**entry)
@@ -1327,7 +1327,7 @@ def train(
             if due or stop or state["seconds"] > saved + 600:
                 run.save(model, optimizer, corpus.encoding, state)
                 saved = state["seconds"]
-    if stop or interrupted:
+    if agreed(bool(interrupted)) > 0:
         raise KeyboardInterrupt
     return state | {"tokens": state["step"] * per_step}
 
@@ -1371,7 +1371,9 @@ def processes(args: argparse.Namespace) -> Iterator[None]:
     if args.device.startswith("cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
-    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    backend = "nccl" if args.device.startswith("cuda") else "gloo"
+    # the others wait while the first prepares the data: of a gigabyte that takes an hour
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))
     with contextlib.redirect_stdout(io.StringIO() if dist.get_rank() else sys.stdout):
         yield
     dist.destroy_process_group()
@@ -1411,11 +1413,17 @@ def part_of(tensor: Tensor, place: Tensor) -> Tensor:
     return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)
 
 
-def gathered(model: DeepSeek) -> DeepSeek:
-    """The model; a sharded one as a whole one on the CPU, for which all processes must ask."""
+def gathered(model: DeepSeek) -> DeepSeek | None:
+    """The model; a sharded one as a whole one on the CPU of the first process: all must ask."""
     if not isinstance(model, FSDPModule):
         return model
-    tensors = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        tensor = whole(tensor)
+        if not rank_and_size()[0]:
+            tensors[name] = tensor.cpu()
+    if not tensors:
+        return None
     with torch.device("meta"):
         plain = DeepSeek(model.config, model.precision)
     plain.load_state_dict(tensors, assign=True)
@@ -1423,24 +1431,6 @@ def gathered(model: DeepSeek) -> DeepSeek:
 
 
 # %% 9. The receipt: what came out, beside what else compresses ------------------------------
-
-
-def check(name: str, got: Tensor, want: Tensor, tol: float) -> None:
-    """Print the worst absolute error beside its tolerance; stop the chapter if it is over."""
-    if got.shape != want.shape:  # broadcasting would hide the difference
-        raise SystemExit(
-            f"check    {name}: got {tuple(got.shape)}, want {tuple(want.shape)}   WRONG"
-        )
-    error = (got.cpu().double() - want.cpu().double()).abs().max().item()
-    ok = error <= tol  # False for NaN too
-    print(f"check    {name:<44} error {error:.1e}   tol {tol:.0e}   {'ok' if ok else 'WRONG'}")
-    if not ok:
-        raise SystemExit(1)
-
-
-def measure(name: str, value: float, text: str = "") -> None:
-    """Print one measured number: identifier, value, free text (unit, rival, paper's value)."""
-    print(f"measure  {name:<44} {value:.5g} {text}".rstrip())
 
 
 def verify_sizes() -> None:
@@ -1473,6 +1463,7 @@ def verify_model(model: DeepSeek, tokens: Tensor) -> None:
 
 def report(model: DeepSeek, corpus: Corpus, recipe: Recipe, run: Run, trained: dict) -> None:
     """All the measures of a finished run, its figure, and a few lines that it wrote."""
+    model.eval()
     begin = time.perf_counter()
     stride = recipe.context // 2
     nats, loads = evaluate(model, corpus.held_out, recipe.context, stride)
@@ -1489,18 +1480,21 @@ def report(model: DeepSeek, corpus: Corpus, recipe: Recipe, run: Run, trained: d
     measure("evaluation_seconds", seconds, f"s, every token with at least {stride} before it")
     if model.mtp:
         report_drafts(model, corpus)
-    draw(run, corpus, bits, len(model.mixtures()))
-    print(f"figure   {run.folder / 'curves.png'}")
+    if run.metrics():
+        draw(run, corpus, bits, len(model.mixtures()))
+        print(f"figure   {run.folder / 'curves.png'}")
     prompt = "def "
     tokens = [corpus.encoding.encode_single_token(END), *corpus.encoding.encode(prompt)]
     end = model.config.eos_token_id
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(0)
     [written] = model.generate([tokens], 120, 0.7, 0.95, end, generator)
-    print(f"sample   (T = 0.7, top-p 0.95)\n{prompt}{corpus.encoding.decode(written)}")
+    with contextlib.suppress(KeyError):  # an id that a named encoding gives to no token
+        print(f"sample   (T = 0.7, top-p 0.95)\n{prompt}{corpus.encoding.decode(written)}")
 
 
 def report_drafts(model: DeepSeek, corpus: Corpus, count: int = 64, length: int = 64) -> None:
     """Greedy text after held-out prompts: how often is the MTP module's guess the next token?"""
+    length = min(length, len(corpus.held_out))
     starts = np.linspace(0, len(corpus.held_out) - length, count).astype(int)
     prompts = [corpus.held_out[start : start + length].tolist() for start in starts]
     new, verdicts = mtp.speculative_generate(model, model.mtp[0], prompts, length)
@@ -1532,12 +1526,12 @@ def draw(run: Run, corpus: Corpus, bits: float, mixtures: int) -> None:
     left.plot(*np.array(probed).T, "o-", color="tab:orange", label="held-out text, a slice of it")
     left.plot(steps[-1], bits, "*", ms=13, color="tab:red", label=f"held-out text, all: {bits:.2f}")
     names = {"xz": "xz -9", "xz_given_training": "xz -9 that has read the training text"}
+    paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
     for key, name in names.items():
         value = corpus.rivals[key]
         left.axhline(value, ls="--", lw=0.8, color="gray")
-        paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
-        spot = {"xy": (steps[0], value), "va": "bottom", "color": "gray", "bbox": paper}
-        left.annotate(f"{name}: {value:.2f}", **spot)
+        text = f"{name}: {value:.2f}"
+        left.annotate(text, (steps[0], value), va="bottom", color="gray", bbox=paper)
     lowest = min(bits, corpus.rivals["xz_given_training"])
     left.set(xlabel="step", ylabel="bits per byte", ylim=(min(1.2, 0.9 * lowest), 4))
     left.set_title(f"Unseen text takes {bits:.2f} bits a byte; xz needs {corpus.rivals['xz']:.2f}")
@@ -1658,10 +1652,7 @@ def begin_run(args, config: DeepSeekConfig, recipe: Recipe, corpus, packages, vo
             "python": platform.python_version(),
             **{p: importlib.metadata.version(p) for p in ("torch", "numpy", "tiktoken")},
         },
-        "device": args.device,
-        "seed": args.seed,
-        "minutes": args.minutes,
-        "precision": args.precision,
+        **{key: getattr(args, key) for key in ("device", "seed", "minutes", "precision")},
         # as it lies from here: a resumed run may be started in another folder
         "data": args.data and path_from(folder, args.data),
         "data_digest": corpus.folder.name,
@@ -1682,9 +1673,10 @@ def path_from(folder: Path, path: Path) -> str:
 
 def fresh_folder(parent: Path, stem: str) -> Path:
     """A new one: parent/stem, or stem-2, …"""
+    parent.mkdir(parents=True, exist_ok=True)
     for name in itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2))):
         with contextlib.suppress(FileExistsError):
-            (parent / name).mkdir(parents=True)
+            (parent / name).mkdir()
             return parent / name
 
 
@@ -1760,7 +1752,8 @@ def lesson(args: argparse.Namespace) -> None:
             model, corpus, recipe, run.folder, args.seed, args.minutes, bool(args.resume)
         )
     except KeyboardInterrupt:
-        print(f"stopped  saved; go on with: python 06_train.py --resume {run.folder}")
+        folder = shlex.quote(str(run.folder))
+        print(f"stopped  go on with: python 06_train.py --resume {folder}")
         raise SystemExit(130) from None
     if args.quick:
         print("quick    the numbers below are those of a model that has learnt nothing yet")
@@ -1770,9 +1763,9 @@ def lesson(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    args = arguments()
-    with contextlib.suppress(AttributeError):  # of a model's text a terminal may lack a character
+    with contextlib.suppress(AttributeError):  # a terminal may lack a character of a text
         sys.stdout.reconfigure(errors="replace")
+    args = arguments()
     try:
         with processes(args):
             lesson(args)

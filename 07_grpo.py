@@ -1356,10 +1356,11 @@ def lesson(args: argparse.Namespace) -> None:
             train_grpo(origin, encoding, task, half, folder / "rl-again", args.seed)
             later["rewards_again"] = evaluate(origin, encoding, task, problems)
     except KeyboardInterrupt:
-        print(f"stopped  go on with: python 07_grpo.py --resume {folder}")
+        print(f"stopped  go on with: python 07_grpo.py --resume {shlex.quote(str(folder))}")
         raise SystemExit(130) from None
     except BadProblem:
-        print(f"stopped  saved; once it is mended: python 07_grpo.py --resume {folder}")
+        again = f"python 07_grpo.py --resume {shlex.quote(str(folder))}"
+        print(f"stopped  saved; once it is mended: {again}")
         raise
     if args.quick:
         print("quick    the numbers below are those of a model that has learnt nothing yet")

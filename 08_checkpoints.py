@@ -242,16 +242,15 @@ class Shards:
 
 def read_config(folder: Path, kind: type = base.DeepSeekConfig) -> "base.DeepSeekConfig":
     """Of a released folder; a quantization_config must be DeepSeek's 128×128 blocks of E4M3."""
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text("utf-8"))
+
+    def make(raw: dict) -> base.DeepSeekConfig:
         scheme = raw.pop("quantization_config", None) or {}
         for key, want in BLOCKS.items():
             if scheme and scheme.get(key, want) != want:
                 raise ValueError(f"quantization_config: {key} {scheme[key]!r} is not {want!r}")
         return kind.from_dict(raw)
-    except (OSError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+
+    return base.read_config(folder / "config.json", make)
 
 
 def dequantize_into(out: Tensor, codes: Tensor, scales: Tensor, rows: int = 1024) -> None:

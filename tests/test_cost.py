@@ -199,7 +199,9 @@ def test_the_command_line(tmp_path):
     path.write_text(json.dumps(raw | {"model_type": "llama"}))
     done = call("--config", path)
     assert done.returncode == 2 and "model_type 'llama'" in done.stderr
-    done = call("--mfu", "1.5")
+    done = call("--mfu", "0.4")
+    assert done.returncode == 2 and "--mfu is of one model: want --preset" in done.stderr
+    done = call("--preset", "v3", "--mfu", "1.5")
     assert done.returncode == 2 and "got 1.5" in done.stderr
     done = call("--preset", "v3", "--config", path)
     assert done.returncode == 2 and "not both" in done.stderr

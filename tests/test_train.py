@@ -586,6 +586,7 @@ def test_inert_keys_are_ignored(value):
         ({"scoring_func": "tanh"}, "scoring_func"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
         ({"rope_theta": 0.0}, "rope_theta"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob must be true or false, got 'yes'"),
     ],
     ids=lambda value: str(value)[1:40] if isinstance(value, dict) else "",
 )
@@ -670,6 +671,16 @@ def test_sliced_cross_entropy_in_bf16():
         assert (mine.float() - other.float()).norm() < 2**-5 * other.float().norm()
 
 
+def test_every_label_below_0_is_left_out():
+    model, tokens = model_of(), tokens_of(2, 21)
+    labels = tokens[:, 1:].clone()
+    labels[:, ::2] = -1
+    assert torch.equal(
+        model.loss(tokens[:, :-1], labels),
+        model.loss(tokens[:, :-1], labels.masked_fill(labels < 0, -100)),
+    )
+
+
 @pytest.mark.parametrize("ignored", [0.0, 0.4, 0.99])
 def test_loss_is_cross_entropy_of_the_logits(ignored):
     """Value and every gradient, in float64, with labels left out; 2 · 300 rows are two slices."""
@@ -726,6 +737,61 @@ def test_a_checkpoint_is_never_older_than_ten_minutes(corpus, tmp_path, monkeypa
     recipe = replace(RECIPE, steps=8)
     chapter.train(fresh_model(corpus), corpus, recipe, tmp_path, reports=1)
     assert saved == [2, 4, 6, 8]
+
+
+def test_weights_that_are_lost_replace_no_checkpoint(corpus, tmp_path, monkeypatch):
+    """By a gradient that is no number (each step has two); by one so large that all is NaN."""
+    model, calls = fresh_model(corpus), itertools.count()
+    spoil = lambda grad: grad * (math.inf if next(calls) == 5 else 1)
+    hook = model.model.norm.weight.register_hook(spoil)
+    with pytest.raises(ValueError, match=r"loss nan at step 3: lower the recipe's learning_rate"):
+        chapter.train(model, corpus, replace(RECIPE, steps=8), tmp_path / "a")
+    hook.remove()
+    saved = DeepSeek.from_pretrained(tmp_path / "a/checkpoint")
+    assert all(p.isfinite().all() for p in saved.parameters())
+    state = json.loads((tmp_path / "a/checkpoint/training/state.json").read_text())
+    assert state["step"] == 2
+    monkeypatch.setattr(chapter, "evaluate", lambda *a: (math.nan, 0))
+    with pytest.raises(ValueError, match=r"held-out loss nan after step 1: lower"):
+        chapter.train(fresh_model(corpus), corpus, replace(RECIPE, steps=8), tmp_path / "b")
+    assert not (tmp_path / "b/checkpoint").exists()
+
+
+def test_a_resumed_run_holds_no_file_of_the_last_checkpoint(reference, corpus, tmp_path):
+    shutil.copytree(reference[1], tmp_path / "run")
+    model = fresh_model(corpus)
+    optimizer = chapter.make_optimizer(model, RECIPE)
+    chapter.Run(tmp_path / "run").restore(model, optimizer)
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(tmp_path) not in maps.read_text()
+
+
+def test_a_signal_that_was_ignored_stays_so():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with chapter.interrupts() as seen:
+            signal.raise_signal(signal.SIGTERM)
+            assert not seen and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGINT)
+            assert seen == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_folder_behind_a_broken_link_ends_in_an_error(tmp_path):
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere" / "deeper")
+    with pytest.raises(FileExistsError):
+        chapter.fresh_folder(tmp_path / "broken", "nano")
+
+
+def test_what_follows_from_the_config_is_no_weight(tmp_path):
+    """Kimi K2's files hold the rotary frequencies of each layer."""
+    model = model_of()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert same_weights(DeepSeek.from_pretrained(tmp_path), model)
 
 
 def test_evaluate_leaves_the_mode_as_it_was(corpus):
@@ -1071,6 +1137,16 @@ def test_saved_encoding_gives_the_same_ids(encoding, tmp_path, monkeypatch):
     assert again.n_vocab == encoding.n_vocab
     for token in range(encoding.n_vocab):
         assert again.decode_single_token_bytes(token) == encoding.decode_single_token_bytes(token)
+    raw = json.loads((tmp_path / "encoding.json").read_text())
+    few, path = dict(list(raw["mergeable_ranks"].items())[:9]), tmp_path / "bad.json"
+    below = {t: i - 1 for i, t in enumerate(raw["mergeable_ranks"])}
+    for bad in (
+        None, "a", 3, raw | {"mergeable_ranks": []}, raw | {"special_tokens": []},
+        raw | {"mergeable_ranks": few}, raw | {"mergeable_ranks": below},
+    ):  # fmt: skip
+        path.write_text(json.dumps(bad))
+        with pytest.raises(ValueError, match=r"bad.json is no tokenizer of ours"):
+            chapter.load_encoding(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"mergeable_ranks": {"!": 1}}'])
@@ -1795,6 +1871,7 @@ def test_schedule_has_no_jumps():
     assert 0 < scales[0] <= 0.1
     steepest = max(abs(b - a) for a, b in itertools.pairwise(scales))
     assert steepest < 2 / (1000 * recipe.warmup)
+    assert Recipe(1, 1, 1, warmup=1e-4).scale(0) == 1.0
 
 
 def test_minutes_end_the_run(corpus, tmp_path):
@@ -2131,7 +2208,8 @@ def test_encoding_that_cannot_be_fetched(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     write_files(tmp_path / "text", {f"{i}.txt": d for i, d in enumerate(documents_of(8))})
     before = snapshot(tmp_path)
-    assert_refused(cli("--quick", "--data", "text", "--encoding", "o200k_base"), "o200k_base")
+    flags = "--quick", "--data", "text", "--encoding"
+    assert_refused(cli(*flags, "o200k_base"), "o200k_base can't be had: HTTPS", "Max retries")
     assert snapshot(tmp_path) == before and not (tmp_path / "runs/quick").exists()
 
 
