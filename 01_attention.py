@@ -139,9 +139,10 @@ class KVCache:
     """Keys and values of one layer, in slots allocated once; each row has its own number of tokens.
 
     Slot j holds the token at position j; a query at position i looks at the slots j <= i. That one
-    rule is causality, and it hides what is stale, at and past `lengths`: nobody needs to clear it.
-    Unequal prompts: append them right-padded, then truncate(prompt_lengths). A rejected draft:
-    truncate again.
+    rule is causality, and it hides what is stale, at and past `lengths`: nobody needs to clear it,
+    unless it is NaN or infinite, for 0 · NaN is NaN. Unequal prompts: append them right-padded,
+    then truncate(prompt_lengths). A rejected draft: truncate again. Not for use inside a
+    checkpoint (torch.utils): what is computed again would be appended again.
     """
 
     def __init__(
@@ -202,7 +203,7 @@ class GroupedQueryAttention(nn.Module):
         C, H, G = hidden_size, num_attention_heads, num_key_value_heads
         if head_dim is None and C % H:
             raise ValueError(f"hidden_size {C} is not a multiple of {H} heads: give head_dim")
-        if H % G:
+        if G < 1 or H % G:
             raise ValueError(f"{H} query heads cannot share {G} key-value heads evenly")
         self.head_dim = head_dim or C // H
         self.rope_theta, self.interleaved = rope_theta, interleaved
@@ -229,7 +230,9 @@ class GroupedQueryAttention(nn.Module):
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or G, T, D)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        T, mask = x.shape[1], None
+        (B, T, _), mask = x.shape, None
+        if cache is not None and len(cache.lengths) != B:
+            raise ValueError(f"cache has {len(cache.lengths)} rows, x has {B}")
         positions = torch.arange(T, device=x.device)  # (T,)
         if cache is not None:
             positions = cache.lengths[:, None, None] + positions  # (B, 1, T)
@@ -253,8 +256,6 @@ class GroupedQueryAttention(nn.Module):
 
 # >>> copy: online_softmax_attention, flash_attention, tiled_attention (needs torch, triton, tl)
 from functools import lru_cache
-
-from torch.autograd.function import once_differentiable
 
 
 def online_softmax_attention(
@@ -286,6 +287,18 @@ def online_softmax_attention(
         out = out * shrink + weights @ v_block
         row_max = new_max
     return (out / row_sum).flatten(1, 2).to(q.dtype)  # (B, H, T, V)
+
+
+def first_order(backward):
+    """For a Function's backward: an error where its own derivative is asked for. Its steps are not
+    recorded, and what depends on saved tensors alone would silently count as a constant."""
+
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled():  # by create_graph
+            raise RuntimeError("no second derivative of this: want create_graph=False")
+        return backward(ctx, *grads)
+
+    return checked
 
 
 def fitting(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor | None:
@@ -541,7 +554,7 @@ class _FlashAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, do):
         q, k, v, out, lse = ctx.saved_tensors
         causal, scale, base_2 = ctx.settings
@@ -638,15 +651,15 @@ class _TiledAttention(torch.autograd.Function):
             out[:, :, rows] = (weights @ v[:, :, :seen]).view_as(out[:, :, rows])
             if few:
                 kept.append(weights)
-        ctx.save_for_backward(q, k, v, *kept)
-        ctx.settings = causal, scale, mask, block
+        ctx.save_for_backward(q, k, v, mask, *kept)
+        ctx.settings = causal, scale, block
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
-        q, k, v, *kept = ctx.saved_tensors
-        S, (causal, scale, mask, block) = k.shape[2], ctx.settings
+        q, k, v, mask, *kept = ctx.saved_tensors
+        S, (causal, scale, block) = k.shape[2], ctx.settings
         again = _TiledAttention.weights
         wide = torch.promote_types(k.dtype, torch.float32)  # summed over the tiles
         dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))

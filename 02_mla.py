@@ -178,9 +178,10 @@ class LatentCache:
     """One layer's memory: of each token the normed latent and the turned key, L + R numbers.
 
     Slot j holds the token at position j; a query at position i looks at the slots j <= i. That one
-    rule is causality, and it hides what is stale, at and past `lengths`: nobody needs to clear it.
-    Unequal prompts: append them right-padded, then truncate(prompt_lengths). A rejected draft:
-    truncate again.
+    rule is causality, and it hides what is stale, at and past `lengths`: nobody needs to clear it,
+    unless it is NaN or infinite, for 0 · NaN is NaN. Unequal prompts: append them right-padded,
+    then truncate(prompt_lengths). A rejected draft: truncate again. Not for use inside a
+    checkpoint (torch.utils): what is computed again would be appended again.
     """
 
     pages: Tensor | None = None  # a PagedLatentCache has some
@@ -197,7 +198,8 @@ class LatentCache:
         self.even = True  # do all rows hold `used`? Then no row needs slots or a mask of its own
 
     def append(self, latent: Tensor, k_rope: Tensor) -> Tensor:
-        """latent: (B, T, L), k_rope: (B, T, R), behind each row's last -> all, (B, used, L + R).
+        """latent: (B, T, L), k_rope: (B, T, R), behind each row's last -> all, (B, used, L + R);
+        of a PagedLatentCache the pool.
 
         What comes in another dtype is rounded to the cache's. ValueError: other shapes, no room.
         """
@@ -303,6 +305,7 @@ class PagedLatentCache(LatentCache):
             del held[-(-size // 64) :]
 
     def select(self, rows: Tensor) -> None:
+        rows = torch.as_tensor(rows, device=self.lengths.device)
         before, chosen = self.held, torch.arange(len(self.held))[rows.cpu()].tolist()
         self.held = [list(before[row]) for row in chosen]
         for page in sum(self.held, []):
@@ -349,7 +352,7 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, m
     (T, D), (S, V) = q.shape[2:], v.shape[2:]
     if mask is None and causal and T not in (1, S):  # PyTorch's is_causal: the first T of S
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    causal = causal and mask is None and T > 1
+    causal = True if causal and mask is None and T > 1 else False  # under torch.compile, too
     # With V ≠ D a CPU computes and keeps all T·S weights; zeros after v let it work tile by tile.
     # B=8, H=8, T=512, D=48, V=32, forward and backward: 2.2x as fast in fp32, 1.7x in bf16.
     v_wide = F.pad(v, (0, D - V)) if D > V and v.device.type == "cpu" else v
@@ -902,7 +905,8 @@ class MultiHeadLatentAttention(nn.Module):
     rope_scaling: None, or YaRN as released configs spell it: {"type": "yarn", "factor": 40,
         "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0, …}.
     rope_interleave: the layout of rotary channels, see `apply_rope`.
-    linear: class of all projections but kv_b_proj, whose weight the absorbed form splits by head.
+    linear: class of all projections but kv_b_proj: the absorbed form never calls it, but splits its
+        weight by head. So what wraps it, as LoRA does, has to be merged into the weight.
     attention: a function with the signature of `padded_attention`, for the explicit form.
     """
 
@@ -931,7 +935,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = linear(H * V, C, bias=False)
 
         yarn = dict(rope_scaling or {})
-        kinds = {yarn.pop(key) for key in ("type", "rope_type") if key in yarn}
+        kinds = {str(yarn.pop(key)) for key in ("type", "rope_type") if key in yarn}
         mscale, all_dim = yarn.pop("mscale", 1.0), yarn.pop("mscale_all_dim", 0.0)
         known = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
         if kinds - {"yarn"}:

@@ -107,8 +107,6 @@ import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 
-from torch.autograd.function import once_differentiable
-
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -211,6 +209,7 @@ class Router(nn.Module):
             want = "no bias" if bias is None else f"a bias of {len(bias)} experts"
             raise ValueError(f"{self.topk_method} has {want}, the load is {tuple(load.shape)}")
         load = load.to(bias.device)
+        load = load if load.is_floating_point() else load.long()  # of int32 the product overflows
         step = (load.sum() - len(load) * load).sign().to(bias.dtype)  # in integers: no rounding
         bias += gamma * (step - step.mean() if center else step)
 
@@ -275,6 +274,19 @@ def _products_backward(grad: Tensor, x: Tensor, weight: Tensor, sizes: list[int]
     return dx
 
 
+# same as 01_attention.py
+def first_order(backward):
+    """For a Function's backward: an error where its own derivative is asked for. Its steps are not
+    recorded, and what depends on saved tensors alone would silently count as a constant."""
+
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled():  # by create_graph
+            raise RuntimeError("no second derivative of this: want create_graph=False")
+        return backward(ctx, *grads)
+
+    return checked
+
+
 class _GroupedGemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, sizes):
@@ -283,7 +295,7 @@ class _GroupedGemm(torch.autograd.Function):
         return _products(x, weight, sizes)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         dw = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
@@ -882,7 +894,7 @@ class _Dispatch(torch.autograd.Function):
         return x.index_select(0, token_of_row)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         (rows_of_token,) = ctx.saved_tensors
         return combine(grad, rows_of_token), None, None
@@ -897,7 +909,7 @@ class _Combine(torch.autograd.Function):
         return combine(rows, rows_of_token)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         (token_of_row,) = ctx.saved_tensors
         return grad.index_select(0, token_of_row), None, None
@@ -914,7 +926,7 @@ class _GroupedKernels(torch.autograd.Function):
         return grouped_product("rows", (x, w, token_of_row), x.dtype, ends)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         x, w, ends, token_of_row, rows_of_token = ctx.saved_tensors
         grad = grad.contiguous()
@@ -941,7 +953,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         gate_up, weights = ctx.saved_tensors
         P, I = grad.shape
@@ -1072,7 +1084,7 @@ class _ExpertsInBlocks(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         x, row_weights, gate_up_proj, down_proj, token_of_row, *saved = ctx.saved_tensors
         dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -1262,10 +1274,11 @@ def sequence_balance_loss(scores: Tensor, indices: Tensor) -> Tensor:
 def max_violation(load: Tensor) -> Tensor:
     """(max − mean) / mean over the last axis (arXiv:2408.15664, eq. 4): 0 is even.
 
-    load: (..., E) tokens of each expert -> (...) fp32. E/K − 1 if all tokens choose the same K.
+    load: (..., E) tokens of each expert -> (...) fp32. E/K − 1 if all tokens choose the same K, NaN
+    if there are none.
     """
     mean = load.float().mean(-1)
-    return (load.amax(-1) - mean) / mean
+    return (load.amax(-1).float() - mean) / mean
 
 
 # <<< copy

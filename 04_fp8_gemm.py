@@ -97,8 +97,6 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple
 
-from torch.autograd.function import once_differentiable
-
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -793,6 +791,19 @@ def _gemm_along_rows(a, a_scales, b, b_scales, ends: Tensor, out_dtype) -> Tenso
         return torch.stack([x @ y.T for x, y in zip(*parts, strict=True)]).to(out_dtype)
 
 
+# same as 01_attention.py
+def first_order(backward):
+    """For a Function's backward: an error where its own derivative is asked for. Its steps are not
+    recorded, and what depends on saved tensors alone would silently count as a constant."""
+
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled():  # by create_graph
+            raise RuntimeError("no second derivative of this: want create_graph=False")
+        return backward(ctx, *grads)
+
+    return checked
+
+
 class _FP8Product(torch.autograd.Function):
     """y = x wᵀ, all three products in FP8 (V3 §3.3.1): what is saved is FP8 too."""
 
@@ -805,7 +816,7 @@ class _FP8Product(torch.autograd.Function):
         return fp8_gemm(x_codes, x_scales, w_codes, w_scales, x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dy):
         x_codes, x_scales, w_codes, w_scales = ctx.saved_tensors
         power_of_two, gradient_blocks = ctx.settings
@@ -833,7 +844,7 @@ class _FP8Grouped(torch.autograd.Function):
         return _gemm_by_rows(*x_fp8, *w_fp8, ends, x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dy):
         x_codes, x_scales, w_codes, w_scales, ends = ctx.saved_tensors
         w_turned = w_codes.mT.contiguous(), w_scales.mT.contiguous()

@@ -141,12 +141,32 @@ def test_tiles_are_compiled():
 
 
 def test_a_second_derivative_is_refused():
-    """Rather than wrong: backward's own steps are not recorded."""
+    """Rather than wrong: backward's own steps are not recorded. A sum's gradient is a constant, so
+    nothing but q, k and v would tell that this one isn't."""
     q, k, v = qkv(2, 1, 5, 5, 4, grad=True)
-    out = attn.tiled_attention(q, k, v).square().sum()
-    [dq] = torch.autograd.grad(out, [q], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dq.sum().backward()
+    for loss in (torch.sum, lambda out: out.square().sum()):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(loss(attn.tiled_attention(q, k, v)), [q], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.functional.hessian(lambda k: attn.tiled_attention(q, k, v).sum(), k)
+
+
+def test_a_mask_that_changes_before_backward_is_noticed(monkeypatch):
+    monkeypatch.setattr(attn, "KEPT_WEIGHTS", 0)  # weights are made again, from the mask
+    q, k, v = qkv(2, 1, 5, 5, 4, grad=True)
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    out = attn.tiled_attention(q, k, v, mask=mask)
+    mask.fill_(True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_cache_of_other_rows_is_refused():
+    layer, cache = attn.GroupedQueryAttention(32, 4, 2), attn.KVCache(3, 9, 2, 8)
+    with pytest.raises(ValueError, match="cache has 3 rows, x has 2"):
+        layer(torch.randn(2, 1, 32), cache)
+    with pytest.raises(ValueError, match="cannot share 0"):
+        attn.GroupedQueryAttention(32, 4, 0)
 
 
 @pytest.mark.parametrize("function", BLOCKED, ids=lambda f: f.__name__)
@@ -159,11 +179,11 @@ def test_gradcheck(function, H, G):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
 def test_tiles_that_are_kept_or_made_again_give_the_same_bits(masked, dtype, monkeypatch):
-    """5 tiles of 8 queries, the last of them short; kept are their weights, beside q, k and v."""
+    """5 tiles of 8 queries, the last one short; their weights are kept, beside q, k, v, mask."""
     inputs = qkv(4, 2, 35, 35, 8, 6, dtype=dtype, grad=True)
     mask = torch.rand(2, 1, 35, 35) < 0.5 if masked else None
     found = []
-    for limit, saved in (2 * 4 * 35 * 35 * dtype.itemsize, 3 + 5), (2 * 4 * 35 * 35, 3):
+    for limit, saved in (2 * 4 * 35 * 35 * dtype.itemsize, 4 + 5), (2 * 4 * 35 * 35, 4):
         monkeypatch.setattr(attn, "KEPT_WEIGHTS", limit)
         out = attn.tiled_attention(*inputs, mask=mask, block=8)
         assert len(out.grad_fn.saved_tensors) == saved

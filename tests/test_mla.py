@@ -695,6 +695,22 @@ def test_chunks_read_what_lies_elsewise_and_nothing(monkeypatch):
         assert_close(mla.mla_decode(q, e, 16, 0.4), want)
 
 
+def test_compiled_for_one_length_and_then_for_another():
+    layer = mla.MultiHeadLatentAttention(**SIZES)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for T in 9, 5, 7, 1:
+        x = torch.randn(2, T, 24)
+        assert_close(compiled(x), layer(x), 1e-6)
+
+
+def test_rows_of_a_paged_cache_are_chosen_by_a_list():
+    cache = mla.PagedLatentCache(2, 100, 4, 2)
+    cache.append(torch.randn(2, 70, 4), torch.randn(2, 70, 2))
+    cache.select([0, 0, 1])
+    assert cache.lengths.tolist() == [70, 70, 70] and torch.equal(cache.pages[0], cache.pages[1])
+
+
 def test_mla_decode_keeps_scores_in_fp32():
     """Of 8 to 16 in size, which bf16 would round by up to 2^-5."""
     q = torch.randint(-2, 3, (1, 4, 1, 12)).bfloat16()

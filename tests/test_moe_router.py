@@ -757,9 +757,22 @@ def test_frozen_experts_cost_no_gradient(given):
 def test_a_second_derivative_is_refused():
     layer = moe.MoE(32, 24, 4, 2)
     x = torch.randn(1, 5, 32, requires_grad=True)
-    [dx] = torch.autograd.grad(layer(x).square().sum(), [x], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    for loss in (torch.sum, lambda y: y.square().sum()):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(loss(layer(x)), [x], create_graph=True)
+    weight = torch.randn(2, 4, 3)
+    grouped = lambda x: moe.grouped_gemm(x, weight, torch.tensor([2, 3])).sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.functional.hessian(grouped, torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_a_load_of_narrow_integers_moves_the_bias_the_right_way(dtype):
+    router = moe.Router(8, 256, 2)
+    load = torch.ones(256, dtype=dtype)
+    load[0] = {1: 200, 2: 20_000}.get(dtype.itemsize, 9_000_000)
+    router.update_bias(load, 0.5)
+    assert router.e_score_correction_bias[0] == -0.5 and router.e_score_correction_bias[1] == 0.5
 
 
 @pytest.mark.parametrize("amx", [True, False])
