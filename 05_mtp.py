@@ -182,6 +182,10 @@ def padded_prompts(
     return padded, lengths
 
 
+def ends_of(eos_token_id: int | list[int] | None) -> set:
+    return set(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else {eos_token_id}
+
+
 def probabilities(logits: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
     """logits: (…, V) -> the distribution to draw from, (…, V) fp32.
 
@@ -239,7 +243,7 @@ def accept_or_redraw(
 @torch.no_grad()
 def speculative_generate(
     model, module: MTPModule | None, prompts: list[list[int]], max_new_tokens: int,
-    temperature: float = 0.0, top_p: float = 1.0, eos_token_id: int | None = None,
+    temperature: float = 0.0, top_p: float = 1.0, eos_token_id: int | list[int] | None = None,
     generator: torch.Generator | None = None, listen=None,
 ) -> tuple[list[list[int]], list[list[bool]]]:  # fmt: skip
     """What the main model alone would write, two tokens a pass where the module guessed right.
@@ -247,7 +251,8 @@ def speculative_generate(
     Returns the new tokens of each prompt, and of each draft whether it was accepted. Greedy text
     (temperature 0) is the main model's own; sampled text has its distribution (arXiv:2211.17192).
     A pass over two tokens may round otherwise than one over one: in bf16 that decides near ties.
-    prompts may differ in length; a row ends with eos_token_id (kept) or max_new_tokens.
+    prompts may differ in length; a row ends with eos_token_id (or one of them; kept) or
+    max_new_tokens.
     listen(row, token) is called with each as it is chosen.
 
     model: embed(tokens) -> (B, T, C), hidden(tokens, caches) -> (B, T, C) after the last norm,
@@ -258,7 +263,7 @@ def speculative_generate(
     if module is None:
         raise ValueError("no MTP module to draft with: use generate, or train one")
     padded, lengths = padded_prompts(prompts, max_new_tokens, temperature, top_p)
-    drawing = temperature, top_p, generator
+    drawing, ends = (temperature, top_p, generator), ends_of(eos_token_id)
     B, room, device = len(prompts), max(lengths) + max_new_tokens, module.enorm.weight.device
     padded, rows = padded.to(device), torch.arange(B, device=device)
     kept = torch.tensor(lengths, device=device)  # (B,) tokens that each row's caches shall hold
@@ -272,7 +277,7 @@ def speculative_generate(
                 new[row].append(token)
                 if listen:
                     listen(row, token)
-                going[row] = token != eos_token_id and len(new[row]) < max_new_tokens
+                going[row] = token not in ends and len(new[row]) < max_new_tokens
 
     states = model.hidden(padded, caches)  # (B, T, C)
     pending = choose(model.head(states[rows, kept - 1]), *drawing)  # (B,) as yet in no cache

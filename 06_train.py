@@ -174,7 +174,7 @@ class DeepSeekConfig:
         raw = dict(raw)
         kind = raw.get("model_type", "deepseek_v3")
         if kind not in ("deepseek_v3", "deepseek_v2", "kimi_k2"):  # Kimi K2 is a V3 by its sizes
-            want = "deepseek_v3, deepseek_v2 or kimi_k2; chapter 10 has deepseek_v32"
+            want = "deepseek_v3, deepseek_v2 or kimi_k2 (deepseek_v32: 10's SparseDeepSeek)"
             raise ValueError(f"model_type {kind!r}: want {want}")
         known = {field.name for field in fields(cls)}
         for key, ours in BUILT.items():
@@ -419,14 +419,15 @@ class DeepSeek(nn.Module):
     @torch.no_grad()
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
-        top_p: float = 1.0, eos_token_id: int | None = None,
+        top_p: float = 1.0, eos_token_id: int | list[int] | None = None,
         generator: torch.Generator | None = None, speculative: bool = False,
         listen: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:  # fmt: skip
         """The tokens after each prompt, through the latent cache; prompts may differ in length.
 
         temperature 0 takes the likeliest token; top_p < 1 samples from the smallest set of tokens
-        that holds so much probability. A row ends with eos_token_id (kept) or max_new_tokens.
+        that holds so much probability. A row ends with eos_token_id (or one of them; kept) or
+        max_new_tokens.
         speculative: the MTP module drafts. Fewer passes, the same text where it is greedy, the same
         distribution where it is drawn (05). listen(row, token) hears each as it is chosen.
         """
@@ -445,6 +446,7 @@ class DeepSeek(nn.Module):
         for cache in caches:
             cache.truncate(last + 1)  # the padding is forgotten
         new, going = [[] for _ in prompts], [max_new_tokens > 0] * len(prompts)
+        ends = mtp.ends_of(eos_token_id)
         while any(going):
             chosen = mtp.choose(self.head(states), temperature, top_p, generator)
             for row, token in enumerate(chosen.tolist()):
@@ -452,7 +454,7 @@ class DeepSeek(nn.Module):
                     new[row].append(token)
                     if listen:
                         listen(row, token)
-                    going[row] = token != eos_token_id and len(new[row]) < max_new_tokens
+                    going[row] = token not in ends and len(new[row]) < max_new_tokens
             if any(going):  # rows that have ended run along, unheard
                 states = self.hidden(chosen[:, None], caches)[:, 0]
         return new
@@ -571,7 +573,8 @@ def weight_files(folder: Path) -> list[Path]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} can't be read: {error!r}") from None
     if not files:
-        raise ValueError(f"{folder} has no *.safetensors")
+        said = f"{index} names no files" if index.exists() else f"{folder} has no *.safetensors"
+        raise ValueError(said)
     return files
 
 
@@ -591,6 +594,9 @@ def save_whole(path: Path, write: Callable[[Path], object]) -> None:
     fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another run may write it too
     try:
         write(fresh)
+        mask = os.umask(0)
+        os.umask(mask)
+        fresh.chmod(0o666 & ~mask)  # safetensors' own files are for their owner alone
         os.replace(fresh, path)
     except SafetensorError as error:  # a full disk, in the words of safetensors
         raise OSError(f"cannot write {path}: {error}") from None
@@ -601,7 +607,10 @@ def save_whole(path: Path, write: Callable[[Path], object]) -> None:
 def read_config(path: Path, make: Callable[[dict], DeepSeekConfig]) -> DeepSeekConfig:
     """make(what a config.json holds). ValueError names the file."""
     try:
-        return make(json.loads(path.read_text("utf-8")))
+        raw = json.loads(path.read_text("utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError(f"want an object, got {str(raw)[:40]}")
+        return make(raw)
     except (OSError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 

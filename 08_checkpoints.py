@@ -65,6 +65,7 @@ from tqdm import tqdm
 mla = import_module("02_mla")  # LatentCache
 moe = import_module("03_moe_router")  # Experts, has_kernels
 fp8 = import_module("04_fp8_gemm")  # quantize_blocks, quantize_tiles, dequantize, fp8_gemm
+mtp = import_module("05_mtp")  # validate_drawing
 base = import_module("06_train")  # DeepSeek, DeepSeekConfig, released_tensors, save_whole
 
 # %% 1. The layout, name by name -------------------------------------------------------------
@@ -76,6 +77,7 @@ BLOCKS = {
     "activation_scheme": "dynamic",
 }  # fmt: skip
 CODES, BF16, FP32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32
+DTYPES = {"F32": FP32, "BF16": BF16, "F16": torch.float16}
 
 
 def released_layout(c: "base.DeepSeekConfig") -> dict[str, tuple[tuple, torch.dtype]]:
@@ -289,7 +291,8 @@ def load_released(
 
     One file, or shards; a weight and its scale may be in different ones. Names, shapes and types
     are compared before a weight is read, and then there is one tensor in memory beside the model
-    (and FP8's scales: 0.17 GB of V3's 641). dtype: of the weights; None: the file's, bf16 for FP8.
+    (and FP8's scales: 0.17 GB of V3's 641). dtype: of the weights; None: that of the file's head,
+    bf16 for FP8.
     keep_fp8: linear layers and experts, all but kv_b_proj, keep their codes and multiply in FP8: a
     byte a weight, for inference.
     with_mtp: see `DeepSeek.from_pretrained`. model_class: chapter 10 has one for V3.2.
@@ -297,7 +300,8 @@ def load_released(
     """
     folder = Path(folder)
     config, shards = read_config(folder, model_class.Config), Shards(folder)
-    names, layers = set(shards.file), config.num_hidden_layers
+    names = {name for name in shards.file if not name.endswith(base.NO_WEIGHT)}
+    layers = config.num_hidden_layers
     numbered = ((n, regex.match(r"model\.layers\.(\d+)\.", n)) for n in names)
     behind = {n for n, layer in numbered if layer and int(layer[1]) >= layers}
     config = base.with_or_without_mtp(folder, config, bool(behind), with_mtp)
@@ -307,6 +311,8 @@ def load_released(
     scales = {n for n in names if n.endswith("_scale_inv")}
     coded = {n for n in names if shards.kind[n] == "F8_E4M3"}
     check_types(folder, shards, names, coded, scales)
+    if keep_fp8 and not coded:
+        raise ValueError(f"{folder} has no weights in FP8 to be kept")
 
     with torch.device("meta"):
         model = model_class(config)
@@ -317,7 +323,7 @@ def load_released(
     got = {n: shards.shape[n] for n in names - shared - (scales - kept)}
     base.compare_shapes(folder, got, {n: tuple(t.shape) for n, t in want.items()})
     if dtype is None:
-        dtype = BF16 if coded else next(iter(shards.read(["lm_head.weight"])))[1].dtype
+        dtype = BF16 if coded else DTYPES[shards.kind["lm_head.weight"]]
     model.to(dtype).to_empty(device=device)
     target = base.released_tensors(model)
     factor = dict(shards.read(scales - kept))
@@ -347,6 +353,8 @@ def check_types(folder: Path, shards: Shards, names: set, coded: set, scales: se
             if kind not in ("F32", "BF16", "F8_E8M0"):
                 raise ValueError(f"{folder}: {name} is {kind}; want F32, BF16 or F8_E8M0")
         elif name in coded:
+            if len(shape) != 2:
+                raise ValueError(f"{folder}: {name} is FP8 of shape {shape}, want a matrix")
             if f"{name}_scale_inv" not in scales:
                 raise ValueError(f"{folder}: {name} is FP8 and has no weight_scale_inv")
             want = tuple(math.ceil(n / 128) for n in shape)
@@ -354,7 +362,7 @@ def check_types(folder: Path, shards: Shards, names: set, coded: set, scales: se
             if have != want:
                 turned = ": it is transposed" if have == want[::-1] else ""
                 raise ValueError(f"{folder}: {name}_scale_inv is {have}, want {want}{turned}")
-        elif kind not in ("F32", "BF16", "F16"):
+        elif kind not in DTYPES:
             raise ValueError(f"{folder}: {name} is {kind}; want F32, BF16, F16 or F8_E4M3")
 
 
@@ -451,7 +459,9 @@ def write_weights(model: "base.DeepSeek", planned: list, folder: Path, shard_byt
                 tensors[name] = tensor.cpu().contiguous()
             places |= dict.fromkeys(tensors, file)
         copies = {name: t.clone() for name, t in tensors.items() if name.endswith(base.SHARED)}
-        save_file(tensors | copies, folder / file, {"format": "pt"})
+        everything = tensors | copies
+        write = lambda path, everything=everything: save_file(everything, path, {"format": "pt"})
+        base.save_whole(folder / file, write)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
@@ -558,12 +568,17 @@ def _encoding(path: Path, pattern: str, ranks: dict, special: dict) -> tiktoken.
     """ValueError where tiktoken would panic, at once or at some text."""
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ValueError(f"{path}: of the 256 bytes {len(missing)} are no tokens, as {missing[0]}")
+    if not pattern or "" in special:
+        raise ValueError(f"{path}: an empty {'token' if pattern else 'pattern'}")
     ids = [*ranks.values(), *special.values()]
     if len(set(ids)) < len(ids):
         twice = next(i for i in ids if ids.count(i) > 1)
         raise ValueError(f"{path}: id {twice} stands for two tokens")
-    name = path.parent.name
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    parts = {"pat_str": pattern, "mergeable_ranks": ranks, "special_tokens": special}
+    try:
+        return tiktoken.Encoding(path.parent.name, **parts)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path} can't be read into tiktoken: {error}") from None
 
 
 def _cuts_of(raw: dict) -> str:
@@ -610,8 +625,11 @@ def _read_merges(path: Path) -> tiktoken.Encoding:
         raise ValueError(f"{path}: ids do not follow the merges, as {pairs[falls[0]]} shows")
     merged = {a + b: (a, b) for a, b in reversed(pairs)}  # of several ways the first
     for token in ranks:
-        if len(token) > 1 and merged.get(token) != tuple(parts_of(token, ranks)):
-            if not (model.get("ignore_merges") and token not in merged):
+        parts = tuple(parts_of(token, ranks))
+        if len(token) > 1 and merged.get(token) != parts:
+            # alone in its chunk it is itself; elsewhere tiktoken would merge it of two parts, too
+            alone = model.get("ignore_merges") and token not in merged and len(parts) != 2
+            if not alone:
                 raise ValueError(f"{path}: token {token!r} is not merged as ranks would merge it")
     return _encoding(path, pattern, ranks, special)
 
@@ -701,11 +719,8 @@ R1_TEMPLATE = """{{ bos_token }}
 {%- if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"""
 
 
-def render(template: str, messages: list[dict], bos_token="", eos_token="") -> str:
-    """The text that a chat template (Jinja, in a sandbox) makes of [{"role", "content"}, …].
-
-    ValueError: it can't be parsed, or fails, or refuses (`raise_exception`) these messages.
-    """
+def parsed(template: str):
+    """A chat template: Jinja, in a sandbox. ValueError: it is none."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message: str):
@@ -717,35 +732,64 @@ def render(template: str, messages: list[dict], bos_token="", eos_token="") -> s
             trim_blocks=True, lstrip_blocks=True, extensions=extensions
         )
         compiled.globals["raise_exception"] = refuse
-        tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        asked = {"messages": messages, "add_generation_prompt": True, **tokens}
-        return compiled.from_string(template).render(asked)
+        return compiled.from_string(template)
     except Exception as error:  # a template is a program: it may fail in any way
+        raise ValueError(f"the chat template can't be parsed: {error}") from None
+
+
+def render(template: str, messages: list[dict], bos_token="", eos_token="") -> str:
+    """The text that a chat template makes of [{"role", "content"}, …].
+
+    ValueError: it can't be parsed, or fails, or refuses (`raise_exception`) these messages.
+    """
+    tokens, ready = {"bos_token": bos_token, "eos_token": eos_token}, parsed(template)
+    try:
+        return ready.render({"messages": messages, "add_generation_prompt": True, **tokens})
+    except Exception as error:
         raise ValueError(f"the chat template can't be rendered: {error}") from None
 
 
 def read_template(folder: Path) -> str | None:
     """chat_template.jinja, or the entry of tokenizer_config.json; None: a model without turns."""
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text("utf-8")
-    path = folder / "tokenizer_config.json"
+    path = folder / "chat_template.jinja"
     try:
+        if path.exists():
+            return path.read_text("utf-8") or None
+        path = folder / "tokenizer_config.json"
         found = json.loads(path.read_text("utf-8")) if path.exists() else {}
         found = found.get("chat_template")
         if isinstance(found, list):  # several by name
             found = {one["name"]: one["template"] for one in found}["default"]
-        return found
+        return found or None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error!r}") from None
+
+
+def read_ends(folder: Path) -> list[int] | None:
+    """What ends an answer, where generation_config.json says so: Kimi K2's turns don't end with
+    what its config.json calls the end."""
+    path = folder / "generation_config.json"
+    try:
+        found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        ends = found.get("eos_token_id")
+        return ends if ends is None or isinstance(ends, list) else [int(ends)]
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error!r}") from None
 
 
 class Talk:
     """One conversation with a model: what was said, and what fits into its context."""
 
-    def __init__(self, model, encoding: tiktoken.Encoding, template: str | None = None):
+    def __init__(
+        self, model, encoding: tiktoken.Encoding, template: str | None = None, ends=None
+    ):  # fmt: skip
         self.model, self.encoding, self.template = model, encoding, template
         self.messages: list[dict] = []
         names, c = special_ids(encoding), model.config
+        self.ends = [c.eos_token_id] if ends is None else ends
+        if encoding.max_token_value >= c.vocab_size:
+            got = f"token {encoding.max_token_value}, of {c.vocab_size} that the model has"
+            raise ValueError(f"the tokenizer is of another model: it has {got}")
         self.marks = [names.get(i, "") for i in (c.bos_token_id, c.eos_token_id)]
 
     def prompt(self, room: int) -> list[int]:
@@ -776,7 +820,7 @@ class Talk:
         if not 0 < max_new_tokens < limit:
             raise ValueError(f"want max_new_tokens of 1 to {limit - 1}, got {max_new_tokens}")
         self.messages.append({"role": "user", "content": text})
-        end, pieces, count = self.model.config.eos_token_id, [], 0
+        pieces, count = [], 0
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
         def say(spelled: bytes, final: bool = False) -> None:
@@ -786,7 +830,7 @@ class Talk:
         def listen(_: int, token: int) -> None:
             nonlocal count
             count += 1
-            if token != end:
+            if token not in self.ends:
                 try:
                     say(self.encoding.decode_single_token_bytes(token))
                 except KeyError:  # a row that fills the embedding up to a round number
@@ -796,8 +840,8 @@ class Talk:
             prompt = self.prompt(limit - max_new_tokens)
             begin = time.perf_counter()
             self.model.generate(
-                [prompt], max_new_tokens, eos_token_id=end, speculative=speculative, listen=listen,
-                **drawing,
+                [prompt], max_new_tokens, eos_token_id=self.ends, speculative=speculative,
+                listen=listen, **drawing,
             )  # fmt: skip
         except BaseException:
             self.messages.pop()  # it was not said
@@ -948,15 +992,15 @@ def record_decoding(model: "base.DeepSeek") -> None:
 def chat(
     model: "base.DeepSeek", encoding: tiktoken.Encoding, lines: Iterable[str],
     template: str | None = None, system: str | None = None, max_new_tokens: int = 512,
-    speculative: bool | None = None, **drawing,
+    speculative: bool | None = None, ends: list[int] | None = None, **drawing,
 ) -> None:  # fmt: skip
     """Answer each of `lines` on stdout, as the tokens come; then tokens a second.
 
     template: None: a model that was taught no turns goes on with what it is given, each line by
-    itself. speculative: let the MTP module draft; None: if there is one. drawing: temperature,
-    top_p, generator of `DeepSeek.generate`.
+    itself. speculative: let the MTP module draft; None: if there is one. ends: tokens that end an
+    answer; None: the config's. drawing: temperature, top_p, generator of `DeepSeek.generate`.
     """
-    talk = Talk(model, encoding, template)
+    talk = Talk(model, encoding, template, ends)
     if system:
         talk.messages.append({"role": "system", "content": system})
     drafts = bool(model.mtp) if speculative is None else speculative
@@ -1139,7 +1183,7 @@ def arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
     add("--temperature", type=float, default=0.6, help="0: always the likeliest (%(default)s)")
     add("--top-p", type=float, default=0.95, help="of the probability (%(default)s)")
-    add("--max-new-tokens", type=int, default=256, help="of an answer (%(default)s)")
+    add("--max-new-tokens", type=int, help="of an answer (256; of a short context half)")
     add("--system", help="what the conversation begins with, where the model knows turns")
     add("--no-mtp", action="store_true", help="decode without drafts")
     add(
@@ -1151,6 +1195,10 @@ def arguments() -> argparse.Namespace:
     args = cli.parse_args()
     if args.out.exists() and not args.out.is_dir():
         cli.error(f"--out {args.out} is a file: want a folder")
+    try:
+        mtp.validate_drawing(args.temperature, args.top_p)
+    except ValueError as error:
+        cli.error(f"--temperature, --top-p: {error}")
     if args.folder is None and (args.save or args.fp8 or args.compile):
         cli.error("--save, --fp8 and --compile want a FOLDER")
     if args.compile and (args.save or args.fp8):
@@ -1175,7 +1223,13 @@ def converse(args: argparse.Namespace) -> None:
     if args.save:
         must_be_new(args.save)  # before 641 GiB are read
     folder = args.folder / "checkpoint" if (args.folder / "checkpoint").exists() else args.folder
-    encoding, template = load_tokenizer(folder), read_template(folder)
+    encoding, template, ends = load_tokenizer(folder), read_template(folder), read_ends(folder)
+    if template is not None:
+        parsed(template)
+    limit = read_config(folder).max_position_embeddings
+    most = min(256, limit // 2) if args.max_new_tokens is None else args.max_new_tokens
+    if not 0 < most < limit:
+        raise ValueError(f"--max-new-tokens: want 1 to {limit - 1}, got {most}")
     keep = args.fp8 and not args.save
     model = load_released(folder, args.device, keep_fp8=keep, progress=True)
     if args.save:
@@ -1190,7 +1244,7 @@ def converse(args: argparse.Namespace) -> None:
     drawing["generator"] = torch.Generator(args.device).manual_seed(args.seed)
     lines = prompted() if sys.stdin.isatty() else sys.stdin
     drafts = False if args.no_mtp or args.compile and on_cpu else None
-    chat(model, encoding, lines, template, args.system, args.max_new_tokens, drafts, **drawing)
+    chat(model, encoding, lines, template, args.system, most, drafts, ends, **drawing)
 
 
 def prompted() -> Iterator[str]:
@@ -1212,6 +1266,8 @@ def main() -> None:
         except (ValueError, OSError, SafetensorError) as error:
             print(error, file=sys.stderr)
             raise SystemExit(2) from None
+        except KeyboardInterrupt:  # while it is loaded or saved: there is nothing to lose
+            raise SystemExit(130) from None
     layout = verify_layout()
     with tempfile.TemporaryDirectory() as folder:
         verify_round_trips(Path(folder))

@@ -477,6 +477,9 @@ def test_kimi_k2_is_a_v3_of_other_sizes(tmp_path):
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "kimi_k2"}))
+    weights = load_file(tmp_path / "model.safetensors")  # as in K2's files, and no weight
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, tmp_path / "model.safetensors")
     with torch.no_grad():
         got, want = chapter.load_released(tmp_path)(TOKENS), other(TOKENS).logits
     assert (got - want).abs().max() <= 1e-4
@@ -761,6 +764,18 @@ def another_merge(raw):
     merges[i] = [a[0], a[1] + b]
 
 
+def alone(raw, parts):
+    """A token that no merge makes, of so many that some make: Hugging Face has it as a whole chunk
+    only, tiktoken inside one as well, if there are two."""
+    model = raw["model"]
+    model["ignore_merges"] = True
+    (a, b), *_ = [m for m in model["merges"] if len(m[0]) == len(m[1]) == 1 and m[0] + m[1] != "qz"]
+    if parts == 2:
+        model["merges"].remove([a, b])
+    else:
+        model["vocab"]["QJQXZ"] = 10**5
+
+
 NOT_OURS = {
     "unigram": (lambda raw: raw["model"].update(type="Unigram"), "Unigram"),
     "byte_fallback": (lambda raw: raw["model"].update(byte_fallback=True), "not byte-level BPE"),
@@ -773,6 +788,12 @@ NOT_OURS = {
     "strip": (lambda raw: raw["added_tokens"][0].update(lstrip=True), "neighbours' spaces"),
     "order": (swap_ids, "ids do not follow the merges"),
     "merge": (another_merge, "not merged as ranks would|ids do not follow|can't be read"),
+    "lost": (lambda raw: alone(raw, 2), "is not merged as ranks would merge it"),
+    "ids": (lambda raw: raw["added_tokens"][0].update(id=-1), "can't be read into tiktoken"),
+    "nothing": (
+        lambda raw: raw["added_tokens"].append(raw["added_tokens"][0] | {"content": ""}),
+        "an empty token",
+    ),
     "no_byte": (lambda raw: raw["model"]["vocab"].pop("~"), "1 are no tokens, as 126"),
     "twice": (lambda raw: raw["model"]["vocab"].update({"~": 1}), "stands for two tokens"),
     "not_json": (None, "can't be read"),
@@ -787,6 +808,14 @@ def test_a_tokenizer_that_tiktoken_could_not_reproduce_is_refused(case, tmp_path
         (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=message):
         chapter.load_tokenizer(folder)
+
+
+def test_a_token_of_several_that_do_not_merge_is_one_as_a_whole_chunk(tmp_path):
+    folder = edited(tmp_path, lambda raw: alone(raw, 5))
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ours = chapter.load_tokenizer(folder)
+    for text in "QJQXZ", "a QJQXZ", "QJQXZa b":
+        assert ours.encode_ordinary(text) == inner.encode(text, add_special_tokens=False).ids
 
 
 def test_an_empty_normalizer_is_none_and_newlines_may_be_spelt(tmp_path):
@@ -848,7 +877,7 @@ def test_r1s_template(messages):
 def test_a_template_is_rendered_in_a_sandbox():
     with pytest.raises(ValueError, match="can't be rendered"):
         chapter.render("{{ messages.__class__.__mro__[1].__subclasses__() }}", [])
-    with pytest.raises(ValueError, match="can't be rendered"):
+    with pytest.raises(ValueError, match="can't be parsed"):
         chapter.render("{% for %}", [])
     for fails in "{{ 1 // 0 }}", "{{ 'a' + 1 }}", "{{ messages.0.x.y }}":
         with pytest.raises(ValueError, match="can't be rendered"):
@@ -946,6 +975,34 @@ def test_tokens_that_are_half_a_character_or_none_at_all(spoken):
     talk.model = Scripted()
     talk.answer("x", heard.append, 8, False)
     assert "".join(heard) == talk.messages[-1]["content"] == "ab\ufffd\ufffd\ufffd"
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_an_answer_ends_with_any_of_several_tokens(spoken, drafts):
+    model, encoding = spoken
+    [whole] = model.generate([[590, 5]], 12)
+    ends = [whole[7], whole[4]]
+    [new] = model.generate([[590, 5]], 12, eos_token_id=ends, speculative=drafts)
+    assert new == whole[: 1 + min(whole.index(token) for token in ends)]
+
+
+def test_what_ends_an_answer_may_stand_in_generation_config(tmp_path):
+    path = tmp_path / "generation_config.json"
+    assert chapter.read_ends(tmp_path) is None
+    for content, want in ({}, None), ({"eos_token_id": 7}, [7]), ({"eos_token_id": [7, 9]}, [7, 9]):
+        path.write_text(json.dumps(content))
+        assert chapter.read_ends(tmp_path) == want
+    for content in "{", "[]", '{"eos_token_id": "x"}':
+        path.write_text(content)
+        with pytest.raises(ValueError, match="generation_config.json"):
+            chapter.read_ends(tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_refused(spoken):
+    model, encoding = spoken
+    small = model_of(replace(TINY, vocab_size=300, bos_token_id=None, eos_token_id=None))
+    with pytest.raises(ValueError, match="of another model: it has token 590, of 300"):
+        chapter.Talk(small, encoding)
 
 
 def test_an_answer_can_be_interrupted(spoken, capsys, monkeypatch):
@@ -1079,7 +1136,19 @@ def test_the_command_line(tmp_path, encoding):
     talk = ["--temperature", "0", "--max-new-tokens", "6", "--device", "cpu"]
     done = call(tmp_path / "new", *talk, "--fp8", "--no-mtp", said="import os\n")
     assert done.returncode == 0 and "MTP" not in done.stdout, done.stderr
+    mode = lambda path: path.stat().st_mode
+    assert mode(tmp_path / "new/model.safetensors") == mode(tmp_path / "new/config.json")
     (tmp_path / "run/checkpoint/model.safetensors").write_bytes(b"")  # not even looked at:
+    for flags, message in (
+        (["--max-new-tokens", "0"], "--max-new-tokens: want 1 to 4095, got 0"),
+        (["--temperature", "nan"], "--temperature, --top-p: want temperature 0"),
+        (["--top-p", "1.5"], "0 < top_p <= 1, got 0.6, 1.5"),
+    ):
+        done = call(tmp_path / "run", *flags, said="x\n")
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    (run / "tokenizer_config.json").write_text('{"chat_template": "{% for %}"}')
+    done = call(tmp_path / "run", said="x\n")
+    assert done.returncode == 2 and "template can't be parsed" in done.stderr
     done = call(tmp_path / "run", "--save", tmp_path / "new")
     assert done.returncode == 2 and "not empty" in done.stderr
     assert "Traceback" not in done.stderr
