@@ -824,8 +824,10 @@ def main() -> None:
     cli.add_argument("--bench", action="store_true", help="also the costs at larger widths")
     cli.add_argument("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
-    if args.out.exists() and not args.out.is_dir():
-        cli.error(f"--out {args.out} is a file: want a folder")
+    if any(path.is_file() for path in (args.out, *args.out.parents)):
+        cli.error(f"--out {args.out} is a file, or in one: want a folder")
+    if not 0 <= args.seed < 2**63:
+        cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")
     try:
         device = torch.device(args.device)
         torch.zeros(1, dtype=torch.float64, device=device).item()  # the checks need float64

@@ -1634,16 +1634,16 @@ def arguments() -> argparse.Namespace:
     add("--bench", action="store_true", help="only time a training step, against torch's own parts")
     add("--out", type=Path, default=Path("runs"), help="folder of the runs (%(default)s/)")
     args = cli.parse_args()
-    if args.out.exists() and not args.out.is_dir():
-        cli.error(f"--out {args.out} is a file: want a folder")
+    if any(path.is_file() for path in (args.out, *args.out.parents)):
+        cli.error(f"--out {args.out} is a file, or in one: want a folder")
     for name in ("steps", "minutes"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             cli.error(f"--{name} must be positive, got {value}")
     if args.steps and args.minutes:
         cli.error("--steps or --minutes, not both")
-    if args.seed < 0:
-        cli.error(f"--seed must be >= 0, got {args.seed}")
+    if not 0 <= args.seed < 2**63:
+        cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")
     for name in KEPT if args.resume else ():
         if getattr(args, name) != cli.get_default(name):
             cli.error(f"--{name}: a resumed run keeps what it was begun with")

@@ -1254,8 +1254,10 @@ def arguments() -> argparse.Namespace:
     add("--bench", action="store_true", help="also time sampling, with a cache and without")
     add("--out", type=Path, default=Path("runs"), help="folder of the runs (%(default)s/)")
     args = cli.parse_args()
-    if args.out.exists() and not args.out.is_dir():
-        cli.error(f"--out {args.out} is a file: want a folder")
+    if any(path.is_file() for path in (args.out, *args.out.parents)):
+        cli.error(f"--out {args.out} is a file, or in one: want a folder")
+    if not 0 <= args.seed < 2**63:
+        cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")
     if args.steps is not None and args.steps < 1:
         cli.error(f"--steps must be positive, got {args.steps}")
     for name in KEPT if args.resume else ():

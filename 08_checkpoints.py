@@ -534,8 +534,9 @@ def load_tokenizer(folder: str | Path) -> tiktoken.Encoding:
 
     All added tokens become special ones: `encode(text, allowed_special="all")` gives the ids of
     Hugging Face's tokenizers, `encode_ordinary` never gives a special one. ValueError: no such
-    file, or a tokenizer.json whose ids tiktoken could not reproduce (not byte-level BPE, other
-    cuts than one pattern or V3's three, ids that do not follow the merges).
+    file, or a tokenizer.json whose ids tiktoken could not reproduce (not byte-level BPE, ids that
+    do not follow the merges, other cuts than one pattern or V3's three: V2's are others, so its
+    weights load and its tokenizer does not).
     """
     folder = Path(folder)
     readers = {"encoding.json": base.load_encoding, "tokenizer.json": _read_merges}
@@ -1193,8 +1194,10 @@ def arguments() -> argparse.Namespace:
     )
     add("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
-    if args.out.exists() and not args.out.is_dir():
-        cli.error(f"--out {args.out} is a file: want a folder")
+    if any(path.is_file() for path in (args.out, *args.out.parents)):
+        cli.error(f"--out {args.out} is a file, or in one: want a folder")
+    if not 0 <= args.seed < 2**63:
+        cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")
     try:
         mtp.validate_drawing(args.temperature, args.top_p)
     except ValueError as error:

@@ -556,8 +556,8 @@ def arguments() -> argparse.Namespace:
     add("--device", default=default, help="of your own speed: cpu, cuda, … (%(default)s)")
     add("--out", type=Path, default="runs", help="folder of the figures (%(default)s/)")
     args = cli.parse_args()
-    if args.out.exists() and not args.out.is_dir():
-        cli.error(f"--out {args.out} is a file: want a folder")
+    if any(path.is_file() for path in (args.out, *args.out.parents)):
+        cli.error(f"--out {args.out} is a file, or in one: want a folder")
     if args.preset and args.config:
         cli.error("--preset or --config, not both")
     for name in ("tokens", "mfu", "gpu", "context") if not (args.preset or args.config) else ():

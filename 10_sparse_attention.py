@@ -644,8 +644,10 @@ def arguments() -> argparse.Namespace:
     cli.add_argument("--bench", action="store_true", help="decode to 128k tokens, not 32k")
     cli.add_argument("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
-    if args.out.exists() and not args.out.is_dir():
-        cli.error(f"--out {args.out} is a file: want a folder")
+    if any(path.is_file() for path in (args.out, *args.out.parents)):
+        cli.error(f"--out {args.out} is a file, or in one: want a folder")
+    if not 0 <= args.seed < 2**63:
+        cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")
     try:
         torch.zeros(1, dtype=torch.float64, device=args.device).item()  # the checks need float64
     except Exception as error:  # each backend raises a type of its own

@@ -83,13 +83,17 @@ def test_a_device_that_is_none(chapter, tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("[0-9]*.py")), ids=lambda path: path.stem)
-def test_a_folder_that_is_a_file(path, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_is_a_file_and_a_seed_of_no_generator(path, tmp_path, monkeypatch, capsys):
     """Said at once, and not by a traceback behind the last check."""
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(sys, "argv", [path.name, "--out", str(tmp_path / "file")])
-    with pytest.raises(SystemExit) as stopped:
-        import_module(path.stem).main()
-    said = capsys.readouterr()
-    assert stopped.value.code == 2 and not said.out
-    assert "is a file: want a folder" in said.err
+    bad = [("--out", str(tmp_path / "file")), ("--out", str(tmp_path / "file/deeper/still"))]
+    bad += [("--seed", "-1"), ("--seed", str(10**20))] if '"--seed"' in path.read_text() else []
+    for flag, value in bad:
+        monkeypatch.setattr(sys, "argv", [path.name, flag, value])
+        with pytest.raises(SystemExit) as stopped:
+            import_module(path.stem).main()
+        said = capsys.readouterr()
+        assert stopped.value.code == 2 and not said.out
+        want = "in one: want a folder" if flag == "--out" else "--seed must be >= 0 and fit 63"
+        assert want in said.err
     assert (tmp_path / "file").read_text() == "mine"
