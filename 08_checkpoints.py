@@ -517,6 +517,52 @@ def with_gaps(pattern: str) -> str:
     return pattern if pattern == half + gap(half) else pattern + gap(pattern)
 
 
+def matches_and_gaps(pattern, text: str) -> Iterator[str]:
+    place = 0
+    for match in pattern.finditer(text):
+        yield text[place : match.start()]
+        yield match[0]
+        place = match.end()
+    yield text[place:]
+
+
+class CutEncoding(tiktoken.Encoding):
+    """One whose text is cut by several patterns, one after another, as V2's tokenizer.json asks.
+
+    What a pattern matches is a piece, and so is what lies between; the next pattern cuts pieces.
+    tiktoken knows one pattern alone: it gets the pieces, one by one.
+    """
+
+    def __init__(self, name: str, cuts: tuple[str, ...], mergeable_ranks, special_tokens):
+        parts = {"mergeable_ranks": mergeable_ranks, "special_tokens": special_tokens}
+        super().__init__(name, pat_str=r"(?s:.+)", **parts)
+        self.cuts = cuts
+        self.compiled = [regex.compile(cut) for cut in cuts]
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        pieces = [text]
+        for cut in self.compiled:
+            pieces = [part for piece in pieces for part in matches_and_gaps(cut, piece)]
+        ordinary = super().encode_ordinary
+        return [token for piece in pieces if piece for token in ordinary(piece)]
+
+    def encode(self, text: str, *, allowed_special=frozenset(), disallowed_special="all"):
+        """As tiktoken's: "all", or a set; ValueError for a special token that is not allowed."""
+        known = self.special_tokens_set
+        allowed = known if allowed_special == "all" else set(allowed_special)
+        refused = known - allowed if disallowed_special == "all" else set(disallowed_special)
+        for name in refused - allowed:
+            if name in text:
+                raise ValueError(f"the text holds {name!r}, a special token that is not allowed")
+        names = map(regex.escape, sorted(allowed, key=len, reverse=True))
+        parts = regex.split(f"({'|'.join(names)})", text) if allowed else [text]
+        tokens = []
+        for number, part in enumerate(parts):
+            special = number % 2  # between two parts stands what was split at
+            tokens += [self.encode_single_token(part)] if special else self.encode_ordinary(part)
+        return tokens
+
+
 def parts_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """The pieces that lower ranks make of a token, just before its own merge."""
     parts, limit = [token[i : i + 1] for i in range(len(token))], ranks[token]
@@ -530,13 +576,12 @@ def parts_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def load_tokenizer(folder: str | Path) -> tiktoken.Encoding:
-    """From encoding.json (06, 07), tokenizer.json (V3's form) or tiktoken.model (Moonlight's).
+    """From encoding.json (06, 07), tokenizer.json (V3's, V2's) or tiktoken.model (Moonlight's).
 
     All added tokens become special ones: `encode(text, allowed_special="all")` gives the ids of
     Hugging Face's tokenizers, `encode_ordinary` never gives a special one. ValueError: no such
     file, or a tokenizer.json whose ids tiktoken could not reproduce (not byte-level BPE, ids that
-    do not follow the merges, other cuts than one pattern or V3's three: V2's are others, so its
-    weights load and its tokenizer does not).
+    do not follow the merges, other cuts than by patterns and at digits).
     """
     folder = Path(folder)
     readers = {"encoding.json": base.load_encoding, "tokenizer.json": _read_merges}
@@ -565,40 +610,52 @@ def _read_ranks(path: Path) -> tiktoken.Encoding:
     return _encoding(path, KIMI, ranks, special)
 
 
-def _encoding(path: Path, pattern: str, ranks: dict, special: dict) -> tiktoken.Encoding:
+def _encoding(path: Path, cuts: str | tuple, ranks: dict, special: dict) -> tiktoken.Encoding:
     """ValueError where tiktoken would panic, at once or at some text."""
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ValueError(f"{path}: of the 256 bytes {len(missing)} are no tokens, as {missing[0]}")
-    if not pattern or "" in special:
-        raise ValueError(f"{path}: an empty {'token' if pattern else 'pattern'}")
+    if not all([cuts] if isinstance(cuts, str) else cuts) or "" in special:
+        raise ValueError(f"{path}: an empty {'token' if '' in special else 'pattern'}")
     ids = [*ranks.values(), *special.values()]
     if len(set(ids)) < len(ids):
         twice = next(i for i in ids if ids.count(i) > 1)
         raise ValueError(f"{path}: id {twice} stands for two tokens")
-    parts = {"pat_str": pattern, "mergeable_ranks": ranks, "special_tokens": special}
+    parts, name = {"mergeable_ranks": ranks, "special_tokens": special}, path.parent.name
     try:
-        return tiktoken.Encoding(path.parent.name, **parts)
-    except (TypeError, ValueError, OverflowError) as error:
+        if isinstance(cuts, str):
+            return tiktoken.Encoding(name, pat_str=cuts, **parts)
+        return CutEncoding(name, cuts, **parts)
+    except (TypeError, ValueError, OverflowError, regex.error) as error:
         raise ValueError(f"{path} can't be read into tiktoken: {error}") from None
 
 
-def _cuts_of(raw: dict) -> str:
-    """The one pattern that cuts a text as the file's pre-tokenizers do."""
+def _cuts_of(raw: dict) -> str | tuple[str, ...]:
+    """The patterns that cut a text as the file's pre-tokenizers do; V3's three are one here."""
     steps = raw["pre_tokenizer"]
     steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
     *splits, last = steps
-    patterns = [step.get("pattern", {}).get("Regex") for step in splits]
-    kinds = {(step["type"], step.get("behavior"), step.get("invert")) for step in splits}
+    patterns = []
+    for step in splits:
+        if step["type"] == "Digits":
+            patterns.append(r"\p{N}" if step["individual_digits"] else r"\p{N}+")
+        elif (step["type"], step.get("behavior"), step.get("invert")) == (
+            "Split",
+            "Isolated",
+            False,
+        ):
+            patterns.append(step["pattern"].get("Regex"))
+        else:
+            patterns.append(None)
     plain = last["type"] == "ByteLevel" and not last["use_regex"] and not last["add_prefix_space"]
-    if plain and kinds == {("Split", "Isolated", False)} and None not in patterns:
-        if len(patterns) == 1:
-            return with_gaps(patterns[0])
-        escaped = (p.replace("\r", r"\r").replace("\n", r"\n") for p in patterns)
-        if tuple(escaped) == V3_CUTS:
-            return with_gaps(V3_CUT)
-    raise ValueError(
-        f"pre_tokenizer of {[step['type'] for step in steps]}: not V3's, not one Split"
-    )
+    if not plain or not patterns or None in patterns:
+        kinds = [step["type"] for step in steps]
+        raise ValueError(
+            f"pre_tokenizer of {kinds}: want isolated Splits or Digits, then ByteLevel"
+        )
+    escaped = tuple(p.replace("\r", r"\r").replace("\n", r"\n") for p in patterns)
+    if len(patterns) == 1 or escaped == V3_CUTS:
+        return with_gaps(V3_CUT if escaped == V3_CUTS else patterns[0])
+    return tuple(patterns)
 
 
 def _read_merges(path: Path) -> tiktoken.Encoding:
@@ -618,7 +675,7 @@ def _read_merges(path: Path) -> tiktoken.Encoding:
         split = lambda merge: merge.split(" ") if isinstance(merge, str) else merge
         pairs = [tuple(bytes(BYTES[c] for c in part) for part in split(m)) for m in model["merges"]]
         order = [ranks[a + b] for a, b in pairs]
-        pattern = _cuts_of(raw)
+        cuts = _cuts_of(raw)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} can't be read into tiktoken: {error}") from None
     falls = [i for i in range(1, len(order)) if order[i] < order[i - 1]]
@@ -632,7 +689,7 @@ def _read_merges(path: Path) -> tiktoken.Encoding:
             alone = model.get("ignore_merges") and token not in merged and len(parts) != 2
             if not alone:
                 raise ValueError(f"{path}: token {token!r} is not merged as ranks would merge it")
-    return _encoding(path, pattern, ranks, special)
+    return _encoding(path, cuts, ranks, special)
 
 
 def special_ids(encoding: tiktoken.Encoding, *wanted: int | None) -> dict[int, str]:
@@ -664,7 +721,8 @@ def save_tokenizer(
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     byte_level["use_regex"] = False
     split = {"type": "Split", "behavior": "Isolated", "invert": False}
-    split["pattern"] = {"Regex": encoding._pat_str}
+    cuts = encoding.cuts if isinstance(encoding, CutEncoding) else [encoding._pat_str]
+    splits_at = [{**split, "pattern": {"Regex": cut}} for cut in cuts]
     bos, processor = names.get(bos_token_id), None
     if bos is not None:
         text = {"Sequence": {"id": "A", "type_id": 0}}
@@ -679,7 +737,7 @@ def save_tokenizer(
             {"id": number, "content": names[number], **flags, "special": True}
             for number in sorted(names)
         ],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits_at, byte_level]},
         "post_processor": processor, "decoder": byte_level,
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
