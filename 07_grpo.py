@@ -270,17 +270,13 @@ def rollout(
     To learn from, draw at a top_p of 1: `score` knows no other (V3.2 keeps what top_p left [4]).
     ValueError: an empty prompt, more tokens than max_position_embeddings.
     """
-    lengths = [len(prompt) for prompt in prompts]
-    room, limit = max(lengths, default=0) + max_new_tokens, model.config.max_position_embeddings
-    if not prompts or min(lengths) == 0 or max_new_tokens < 1 or group < 1:
-        raise ValueError(f"want prompts, answers and a group of 1 or more; prompts of {lengths}")
+    padded, lengths = mtp.padded_prompts(prompts, max_new_tokens, temperature, top_p)
+    room, limit = max(lengths) + max_new_tokens, model.config.max_position_embeddings
+    if max_new_tokens < 1 or group < 1:
+        raise ValueError(f"want max_new_tokens and group >= 1, got {max_new_tokens}, {group}")
     if room > limit:
         raise ValueError(f"prompt + new tokens = {room} > max_position_embeddings = {limit}")
-    mtp.validate_drawing(temperature, top_p)
     device, P, B = model.lm_head.weight.device, len(prompts), len(prompts) * group
-    padded = torch.zeros(P, max(lengths), dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        padded[row, : len(prompt)] = torch.tensor(prompt)
     padded, last = padded.to(device), torch.tensor(lengths, device=device) - 1
     caches, watch = model.new_caches(P, room), contextlib.nullcontext([])
     rows = torch.arange(P, device=device).repeat_interleave(group)  # (B,)

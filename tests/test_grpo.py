@@ -374,7 +374,7 @@ def test_draws_follow_the_distribution():
 
 
 @pytest.mark.parametrize("bad, message", [
-    (([], 4), "prompts of"), (([[1], []], 4), r"\[1, 0\]"), (([[1]], 0), "1 or more"),
+    (([], 4), r"lengths \[\]"), (([[1], []], 4), r"\[1, 0\]"), (([[1]], 0), "group >= 1, got 0, 1"),
     (([[1]], 600), "601 > max_position_embeddings = 512"),
 ])  # fmt: skip
 def test_rollout_refuses(model, bad, message):
