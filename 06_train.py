@@ -30,6 +30,9 @@ after five minutes it predicts Python that it has never seen better than `xz -9`
     E, K  n_routed_experts, …_per_tok    16, 2  256, 8
     V     vocab_size                      4096  129280
 
+    sections   1 config   2 model   3 its files   4 sizes   5 tokenizer   6 data   7 training
+               8 several GPUs   9 what came out   10 how fast        in a hurry: 2, 5 and 7
+
 Run:  python 06_train.py [--quick | --bench | --resume RUN]          5 minutes on two CPU cores
       python 06_train.py --preset mini --minutes 1                   on one GPU; its data apart
       torchrun --nproc-per-node 8 06_train.py --preset small       on 8 GPUs (FSDP2; not tried yet)
