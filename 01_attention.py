@@ -15,12 +15,14 @@ between heads shrinks it 16 or 128 times; what V3 does instead is chapter 02.
                └─ v_proj ─► v (B,G,T,D) ────────► (B,G,S,D)     │ (B,H,T,S), j ≤ i
                                                       └─── v ─► · ─► o_proj ─► (B,T,C)
                G = H: MHA [1]     1 < G < H: GQA [4]     G = 1: MQA [3]
+               multi-head, grouped-query and multi-query attention
 
     attention   oᵢ = Σⱼ≤ᵢ softmaxⱼ(qᵢ·kⱼ / √D) vⱼ                                    [1] eq. 1
     RoPE        pair p of position m turns by the angle m·θ^(−2p/D)                  [2] eq. 34
                 so qₘ·kₙ depends on the contents and on n − m alone                  [2] eq. 16
     online      m' = max(m, max s)    ℓ' = ℓ·e^(m−m') + Σ e^(s−m')                   [5] alg. 3
     softmax     o' = o·e^(m−m') + Σ e^(s−m') v,   and at the end o/ℓ                 [6] alg. 1
+                s: scores of the next block of keys; m, ℓ, o in the code: row_max, row_sum, out
 
     axis  config name            here  V3      [1] Vaswani et al. 2017, arXiv:1706.03762
     B     batch                     2   –      [2] RoFormer, Su et al. 2021, arXiv:2104.09864
@@ -30,6 +32,7 @@ between heads shrinks it 16 or 128 times; what V3 does instead is chapter 02.
     G     num_key_value_heads  8, 2, 1    –    [6] FlashAttention, Dao et al. 2022, arXiv:2205.14135
     D     head_dim                 16   128    [7] DeepSeek-V2, arXiv:2405.04434
     R     rotated channels         16    64    V3: DeepSeek-V3, arXiv:2412.19437, §4.2
+    V     width of a value         16   128
 
 V3 has no G: its config says num_key_value_heads = 128, and MLA (chapter 02) ignores it.
 
@@ -53,12 +56,12 @@ from torch.utils._pytree import tree_leaves
 try:
     import triton
     from triton import language as tl
-except ImportError:  # macOS, Windows: the PyTorch twins do it all
+except ImportError:  # macOS, Windows: each kernel has a twin, the same function in plain PyTorch
     triton = tl = None
 
 # %% 1. The equation, word for word ----------------------------------------------------------
-# Every attention function of this chapter has this signature, so each can stand in for another
-# wherever a query sees a key (of one that sees none there is no softmax: what they return differs).
+# Every attention function of this chapter takes these arguments (some a `block` as well), so each
+# can stand in for another. Only for a query that may see no key do their results differ.
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, mask=None) -> Tensor:
@@ -93,7 +96,8 @@ def layer_reference(layer: "GroupedQueryAttention", x: Tensor) -> Tensor:
 
 
 # %% 2. The pieces ---------------------------------------------------------------------------
-# First the layer with its cache. A key is stored already turned: its position never changes.
+# First the layer with its cache. To prefill is to pass a whole prompt through it at once; to decode
+# is to add one token at a time. A key is stored already turned: its position never changes.
 
 
 # >>> copy: rope_frequencies, apply_rope, KVCache, GroupedQueryAttention (needs torch)
@@ -163,7 +167,7 @@ class KVCache:
             raise ValueError(f"cache takes two of ({B}, {G}, T, {D}) {self.k.dtype}, got {got}")
         if self.used + T > room:
             raise ValueError(f"cache has {room} slots: {self.used} used + {T} new do not fit")
-        if self.k.requires_grad and not self.used:  # a graph of before ends here
+        if self.k.requires_grad and not self.used:  # cut off the last text's autograd graph
             self.k, self.v = self.k.detach(), self.v.detach()
         rows = torch.arange(B, device=self.k.device)[:, None]  # (B, 1)
         slots = self.lengths[:, None] + torch.arange(T, device=self.k.device)  # (B, T)
@@ -312,9 +316,9 @@ def fitting(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) 
     return None if mask is None else mask.expand(B, H, T, S)
 
 
-# The kernels. A row's weights are 2^(score − lse), lse = log₂ Σ 2^score of the row: forward keeps
-# it, and backward needs nothing else to make them again. A width such as MLA's 192 is no power of
-# two, as a tile's must be: its channels come in two parts, D1 = 128 and D2 = 64.
+# The kernels. A row's weights are 2^(score − lse), lse = log₂ Σ 2^score of the row (log-sum-exp):
+# forward keeps it, and backward needs nothing else to make them again. A width such as MLA's 192
+# is no power of two, as a tile's must be: its channels come in two parts, D1 = 128 and D2 = 64.
 if triton is not None:
 
     @triton.jit
@@ -345,7 +349,11 @@ if triton is not None:
         CAUSAL: tl.constexpr, D: tl.constexpr, V: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
         VP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        """BM queries of one head; q_b, …: strides. scale: of scores in base 2; out: whole rows."""
+        """BM queries of one head, BN keys a step; VP: V, padded to a power of two.
+
+        q_b, …: strides, out has none: it is contiguous. scale: times log₂ e, for exp2. CUT 0: the
+        key blocks that all BM queries see whole, without a mask; CUT 1: those that need one.
+        """
         tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those that see most keys begin first
         head = tl.program_id(1).to(tl.int64)
         b, h = head // H, head % H
@@ -402,7 +410,9 @@ if triton is not None:
     ):  # fmt: skip
         """dk and dv of BN keys, over all queries of all heads that share them: no atomic sums.
 
-        ds = weights · (do vᵀ − delta), dk = dsᵀ q, dv = weightsᵀ do.
+        d…: the loss's gradient; s: scores, p: weights = softmax(s), out = p v. So dv = pᵀ do and
+        dp = do vᵀ; softmax gives ds = p · (dp − delta), delta = Σ p·dp = Σ do·out of a row, which
+        flash_delta_kernel has summed; dk = dsᵀ q · scale.
         """
         tile, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
         b, g = group // G, group % G
@@ -822,9 +832,9 @@ def experiment(out: Path) -> None:
     """Bytes a token for each kind of attention, beside [7] table 1; then the figure."""
     paper = {"MHA": 2 * 128 * 128, "GQA-8": 2 * 8 * 128, "MQA": 2 * 128, "MLA": 512 + 64}
     per_token = {name: bytes_per_token(G) for name, G in (("MHA", 128), ("GQA-8", 8), ("MQA", 1))}
-    per_token["MLA"] = 61 * paper["MLA"] * 2  # the paper's: 02 builds the cache that holds it
-    want = torch.tensor([61 * elements * 2 for elements in paper.values()])
+    want = torch.tensor([61 * paper[name] * 2 for name in per_token])
     check("bytes of KVCache = [7] table 1", torch.tensor(list(per_token.values())), want, 0)
+    per_token["MLA"] = 61 * paper["MLA"] * 2  # the paper's: 02 builds the cache that holds it
     for name, size in per_token.items():
         text = f"= {size:,} B   [7] table 1: {paper[name]:,} · 61 layers · 2 B"
         measure(f"kv_bytes_per_token_{name.lower().replace('-', '')}", size, text)
@@ -1023,12 +1033,13 @@ def bench(device: torch.device) -> None:
 
 
 # %% Exercises -------------------------------------------------------------------------------
-# 1. Break it: take `* shrink` out of the line of row_sum. Which check stops the chapter? Why would
-#    block=S have hidden it? Sort the keys of a single query so that its largest score comes first:
-#    why is the broken code right again?
+# 1. Break it: take `* shrink` out of the line of row_sum in online_softmax_attention. Which check
+#    stops the chapter? Why would block=S have hidden it? Sort the keys of a single query so that
+#    its largest score comes first: why is the broken code right again?
 # 2. [7], table 1: MLA's cache at V3's size is that of GQA with 2.25 groups. Derive it. Which G
 #    would V2-Lite need (27 layers, 16 heads of 128, the same 512 + 64)? Why is it the same G?
-# 3. Let a query see the last W positions only: change the rule in `forward`. Then make KVCache a
+# 3. Let a query see the last W positions only: in the layer's `forward` build the mask without a
+#    cache, too, and change its rule; give verify_layer's equation the same. Then make KVCache a
 #    ring of W slots. Slot j no longer holds position j: what must the cache remember, and what can
 #    `truncate` no longer undo?
 

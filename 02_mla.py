@@ -23,6 +23,9 @@ nobody has to spell them out, for a matrix may change sides in a product: q·(W 
               oᵢ = Σⱼ≤ₜ softmaxⱼ(s·(qᶜᵢ·kᶜⱼᵢ + qᴿᵢ·kᴿⱼ)) vⱼᵢ     u = W_O [o₁; …]      [2] eq. 10, 11
     absorbed  qᶜᵢ·W_UKᵢ cⱼ = (W_UKᵢᵀ qᶜᵢ)·cⱼ     Σ pⱼ W_UVᵢ cⱼ = W_UVᵢ Σ pⱼ cⱼ       [1] app. C
     scale     s = m²/√(N+R)         m = 0.1·mscale_all_dim·ln(factor) + 1            [2] §4.3
+              RoPE's cos and sin are times (0.1·mscale·ln(factor) + 1)/m, 1 in released models
+    i: head, j: key, t: query. ᶜ: content, without position ("nope"), ᴿ: rotated. factor: YaRN [3]
+    makes the context so many times as long; without YaRN it is 1, and so is m.
 
     axis  config name          here  V2-Lite    V3     [1] DeepSeek-V2, arXiv:2405.04434
     B     batch                   2        –     –     [2] DeepSeek-V3, arXiv:2412.19437
@@ -117,8 +120,9 @@ def mla_reference(layer: "MultiHeadLatentAttention", x: Tensor, sizes: dict, yar
 
 
 # %% 2. The piece ----------------------------------------------------------------------------
-# RoPE must stay out of the latent: a turn between W_UQ and W_UK, another one for each distance,
-# would keep W_UK from changing sides. So R channels carry the position, and only they are turned.
+# RoPE must stay out of the latent: turned, q·k would be q·(turn · W_UK c). The turn depends on the
+# distance of query and key, so no product of W_UKᵀ and q, made once, could serve all keys. So R
+# channels of their own carry the position, and only they are turned.
 
 
 # >>> copy: LatentCache, mla_decode, MultiHeadLatentAttention (needs torch, math, triton, tl)
@@ -210,7 +214,7 @@ class LatentCache:
         if self.used + T > self.room:
             raise ValueError(f"cache has {self.room} slots: {self.used} used + {T} new do not fit")
         if self.entries.requires_grad and not self.used:
-            self.entries = self.entries.detach()  # a graph of before ends here
+            self.entries = self.entries.detach()  # cut off the last text's autograd graph
         new = torch.cat((latent, k_rope), -1).to(self.entries.dtype)
         if self.even and self.pages is None:
             self.entries[:, self.used : self.used + T] = new
@@ -360,10 +364,10 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, m
     return out[..., :V]
 
 
-# The kernel. All heads of a token ask the same entries, so a program takes many of them: what it
-# reads once, 16 heads use 30 times a byte. One token gives a GPU too few programs: the slots are
-# cut into chunks as well, and a second kernel puts their softmaxes together. 128 heads by 512
-# channels of sums would be all registers of an SM: then a program sums only its part of them.
+# The kernel. All heads of a token read the same entries, so a program takes many heads: with 16 it
+# does 30 operations on each byte that it reads. One token gives a GPU too few programs: the slots
+# are cut into chunks as well, and a second kernel combines their softmaxes. The sums of 128 heads
+# by 512 channels would fill all registers of an SM: then a program sums a part of the channels.
 if triton is not None:
 
     @triton.jit
@@ -1250,13 +1254,14 @@ def memory() -> None:
     check("cache of a token = published, to its digits", got, want, 0)
 
 
-# Now time. A decoded token reads all of the cache once, so the bytes of a slot set the floor, and
-# the operations on each byte say how far above it one ends up. MHA does 1: it waits for memory.
-# Absorbed MLA reads a seventh of the bytes and does 30 on each (242 with V3's 128 heads; an H800
-# balances at about 258, by FlashMLA's numbers): it pays in what processors have to spare. The two
-# products with W_UK and W_UV cost the same at any context, so short ones favour MHA. Code that
-# caches latents and expands all of them again at every step does 3,650 operations on a byte and is
-# slower than MHA at every context: the cache shrank, the work did not.
+# Now time. A decoded token reads all of the cache once, so the bytes of a slot set the least time.
+# More operations on a byte than the machine does while it reads one take longer. MHA does 1: it
+# waits for memory. Absorbed MLA reads a seventh of the bytes and does 30 operations on each (242
+# with V3's 128 heads; an H800 reads and computes equally long at about 258, by FlashMLA's numbers):
+# it spends what processors have to spare. The two products with W_UK and W_UV cost the same at any
+# context, so short ones favour MHA. Code that caches latents and expands all of them again at every
+# step does 3,650 operations on a byte and is slower than MHA at every context: the cache shrank,
+# the work did not.
 
 
 def race(
@@ -1436,8 +1441,8 @@ def draw(contexts: list[int], curves: dict, points: dict, roof: tuple, out: Path
 
 
 # %% 5. How fast? ----------------------------------------------------------------------------
-# The attention part counts the products with W_UK and W_UV. To the whole layer's time both kinds
-# add that of reading their projections for every token, 13.8M weights here and 16.8M in MHA.
+# The time of the attention part includes the products with W_UK and W_UV. A whole layer also reads
+# all its projections for every token: 13.8M weights here, 16.8M in MHA.
 # fp32 doubles the bytes of either; MHA, which waits for them, feels that more than absorbed MLA,
 # which spends 30 operations on one of bf16, 15 on one of fp32. Without AMX the fastest MHA in bf16
 # is two plain products, and their scores are rounded to bf16; those of `mla_decode` are fp32. So
@@ -1470,7 +1475,7 @@ def bench(device: torch.device, S: int = 8192) -> None:
         best = fastest(times := race(tasks, device))
         (mine, _), (theirs, rival) = best["MLA absorbed"], best["MHA"]
         name = "bf16" if dtype is torch.bfloat16 else "fp32"
-        bar = "   goal 2" if dtype is torch.bfloat16 and device.type == "cpu" else ""
+        bar = "   our goal: 2x" if dtype is torch.bfloat16 and device.type == "cpu" else ""
         text = f"x   MHA {theirs:.3g} ms ({rival}) / MLA {mine:.3g} ms{bar}"
         measure(f"absorbed_ratio_{name}", theirs / mine, text)
         if dtype is torch.bfloat16:

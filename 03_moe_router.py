@@ -18,12 +18,14 @@ a router left alone does the opposite: who is chosen improves, and who is better
              └─ shared SwiGLU ───────────────────────────────────────+─► y (N,D)
 
     layer     h'ₜ = uₜ + Σᵢ FFNˢᵢ(uₜ) + Σᵢ gᵢₜ FFNᵢ(uₜ)      uₜ is added outside     [1] eq. 12
-    weight    gᵢₜ = g'ᵢₜ / Σⱼ g'ⱼₜ                           · 2.5 in the config     [1] eq. 13
-    affinity  sᵢₜ = sigmoid(uₜᵀeᵢ)                                                   [1] eq. 15
+    weight    gᵢₜ = g'ᵢₜ / Σⱼ g'ⱼₜ       times routed_scaling_factor, V3: 2.5        [1] eq. 13
+    affinity  sᵢₜ = sigmoid(uₜᵀeᵢ)       uₜ: row of x, eᵢ: row of gate.weight        [1] eq. 15
     choice    g'ᵢₜ = sᵢₜ if sᵢₜ + bᵢ is in the top K of all sⱼₜ + bⱼ, else 0         [1] eq. 16
     bias      bᵢ ← bᵢ + γ·sign(mean load − loadᵢ)            after each step         [1] §2.1.2
     loss      α Σᵢ fᵢPᵢ       fᵢ = E/(K·T) · (tokens of the sequence that chose i)   [1] eq. 17, 18
                               Pᵢ = mean over its tokens of sᵢₜ / Σⱼ sⱼₜ              [1] eq. 19, 20
+    MaxVio    max load / mean load − 1      0: all even, E/K − 1: all on the same K  [2] eq. 4
+    α, γ      how strong the loss is, how long a step of the bias; FFNˢ: a shared expert
 
     axis  config name            here  V3      [1] DeepSeek-V3, arXiv:2412.19437
     N     tokens, B·T              24  –       [2] Wang et al. 2024, arXiv:2408.15664
@@ -57,10 +59,10 @@ except ImportError:  # macOS, Windows: the PyTorch twins do it all
 
 
 def choose_reference(scores: Tensor, gate: "Router", dropped: float = float("-inf")) -> list[int]:
-    """[1] eq. 16 and §2.1.2 for one token's scores (E,); `dropped` is what a lost group counts."""
+    """[1] eq. 16 and §2.1.2 for one token's scores (E,); `dropped`: a lost group's score."""
     bias, size = gate.e_score_correction_bias, gate.n_routed_experts // gate.n_group
     c = (scores if bias is None else scores + bias).tolist()
-    best = 2 if gate.topk_method == "noaux_tc" else 1  # V3: K/M = 8/4; V2: the maximum, [4]
+    best = 2 if gate.topk_method == "noaux_tc" else 1  # V3: K/topk_group = 8/4; V2: maximum, [4]
     groups = [range(first, first + size) for first in range(0, len(c), size)]
     groups.sort(key=lambda group: sum(sorted(c[i] for i in group)[-best:]))
     for group in groups[: -gate.topk_group]:
@@ -98,8 +100,9 @@ def moe_reference(moe: "MoE", x: Tensor) -> tuple[Tensor, Tensor]:
 
 # %% 2. The piece ----------------------------------------------------------------------------
 # Tokens are sorted by expert, so that each expert's are neighbours: then a layer is two grouped
-# products, whatever the load, and no token is ever dropped. On a CPU these go through memory a few
-# experts at a time, by hand; on a GPU kernels of forward fetch the rows of x as they multiply them.
+# products, whatever the load, and no token is ever dropped. On a CPU a few experts at a time are
+# computed from x to y, in memory that the next ones use again; on a GPU no sorted copy of x is
+# made: forward's kernels fetch each row while they multiply.
 
 
 # >>> copy: Router, SwiGLU, MoE, grouped_gemm, max_violation (needs torch, triton, tl)
@@ -627,9 +630,7 @@ if HAS_GLUON:
                 for k in range(0, depth, 64):
                     mbarrier.wait(full.index(stage), phase)
                     left, right = a_bufs.index(stage * 2 + c), b_bufs.index(stage)
-                    if (
-                        WEIGHTS
-                    ):  # (64 of the expert's rows, 64 of height): turned, as a product wants
+                    if WEIGHTS:  # (64 of the expert's rows, 64 of height): to be turned
                         if depth - k < 64:
                             _clear_past(left, depth - k)
                         left = left.permute((1, 0))
@@ -1031,10 +1032,8 @@ def grouped_gemm(x: Tensor, weight: Tensor, sizes: Tensor, routes=(None, None)) 
     wait. On a Hopper a NaN in an expert's rows can reach the gradient of the expert before it.
     """
     x = in_autocast_dtype(x)
-    counts, M = (
-        None if has_kernels(x) else sizes.tolist(),
-        len(x if routes[0] is None else routes[0]),
-    )
+    counts = None if has_kernels(x) else sizes.tolist()  # else it would be waited for
+    M = len(x if routes[0] is None else routes[0])
     if (routes[0] is None) != (routes[1] is None):
         raise ValueError("want routes (token_of_row, rows_of_token), got one without the other")
     fits = x.dim() == 2 and weight.dim() == 3 and x.shape[-1] == weight.shape[-1]
@@ -1379,10 +1378,10 @@ def verify_router(device: torch.device) -> None:
     check("experts of 1024 tokens = loops", got, want, 0)
     masked = experts_of([choose_reference(s, gate, dropped=0.0) for s in scores])
     share = 100 * (masked != want).any(-1).double().mean().item()
-    measure("tokens_misrouted_by_a_mask_of_0", share, "%   biases −0.6 ± 0.1")
+    measure("tokens_misrouted_by_a_mask_of_0", share, "% if dropped groups counted 0, not −inf")
     gate.e_score_correction_bias.zero_()
     share = 100 * (experts_of(gate(x)[0]) != want).any(-1).double().mean().item()
-    measure("tokens_that_the_bias_moves", share, "%   their weights stay those of the scores")
+    measure("tokens_that_the_bias_moves", share, "% choose otherwise without it")
 
 
 @torch.no_grad()
@@ -1409,7 +1408,7 @@ def verify_balance(device: torch.device) -> None:
         gate.update_bias(load(), gamma=0.002)
     measure("max_violation_of_an_untrained_router", before)
     # a step of γ moves up to a tenth of an expert's 1024 tokens to and fro
-    check("after 400 updates of its bias MaxVio is 0", max_violation(load()), 0 * one, 0.2)
+    check("after 400 bias updates MaxVio is below 0.2", max_violation(load()), 0 * one, 0.2)
 
 
 @torch.no_grad()
@@ -1499,9 +1498,9 @@ def experiment(device: torch.device, seed: int, out: Path) -> None:
     for name, (alpha, gamma) in ways.items():
         runs[name] = violations, _, load, loss = train(device, seed, alpha, gamma)
         idle = (load < load.double().mean() / 10).sum().item()
-        text = f"{idle} of 16 experts nearly idle   {paper.get(name, '')}"
+        text = f"α={alpha:g} γ={gamma:g}: {idle} of 16 nearly idle   {paper.get(name, '')}"
         measure(f"max_violation_{name}", max_violation(load).item(), text)
-        measure(f"heldout_loss_{name}", loss, "of the variance")
+        measure(f"heldout_loss_{name}", loss, "squared error; 1 is the variance of y")
     draw_figure(runs, out)
     print(f"figure   {out}")
 
@@ -1543,7 +1542,7 @@ def draw_figure(runs: dict[str, tuple], out: Path) -> None:
 
 
 def smooth(values: list[float], width: int = 20) -> list[float]:
-    return [statistics.mean(values[max(0, i - width) : i + 1]) for i in range(len(values))]
+    return [statistics.mean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
 
 
 # %% 5. How fast? ----------------------------------------------------------------------------
@@ -1680,7 +1679,7 @@ def bench_kernels(device: torch.device) -> None:
     for name, (ours, theirs) in products.items():
         ours()  # the first of its kind chooses a configuration
         mine, other = (triton.testing.do_bench(f, return_mode="median") for f in (ours, theirs))
-        text = f"TFLOP/s, {other / mine:.2f}x torch's grouped_mm   goal 1"
+        text = f"TFLOP/s, {other / mine:.2f}x torch's grouped_mm   our goal: 1x"
         measure(f"grouped_{name}", 2 * N * K * D * 2 * I / mine / 1e9, text)
     experts = Experts(E, D, I).to(device, torch.bfloat16)
     for n in 1, 2, 8:
@@ -1716,10 +1715,11 @@ def bench_few_rows(device: torch.device) -> None:
 
 
 # %% Exercises -------------------------------------------------------------------------------
-# 1. Break it: turn the sign round in `update_bias`. Which check stops the chapter, and at which
-#    MaxVio does the experiment end? Why is that the largest there is?
-# 2. Break it so that only one line notices: put 0.0 for −inf in `choose`. The released V3 has
-#    biases above +2 in every layer: why would no output of that model have shown the mistake?
+# 1. Break it: turn the sign round in `update_bias`. Which check stops the chapter? Take that check
+#    out: at which MaxVio does max_violation_bias end? Why is that the largest there is?
+# 2. Put 0.0 for −inf in `choose`: which check stops the chapter? Then write + 0.6 for − 0.6 in
+#    `layer`: why does none any more? The released V3 has biases above +2 in every layer: why would
+#    no output of that model have shown the mistake?
 # 3. [3] cuts each expert into m of 1/m the width and activates m times as many: 16 choose 2 are 120
 #    sets of experts, 64 choose 8 are 4,426,165,368, at the same cost. Do it in `train` with m = 2
 #    and 4. Does the held-out loss fall? Does the step take as long as before?

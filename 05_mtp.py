@@ -6,8 +6,8 @@ r"""05 · MTP: predict two tokens at a time; train on both, then let the second 
 
 DeepSeek-V3 guesses the token after the next one right 85-90 % of the time [1]. A pass that checks
 such a guess is hardly dearer than one that makes a token, and when the guess was right it has made
-two: 1.8 times the tokens a second, of the same text. (On a CPU and at a small size a draft costs
-0.6 of a pass, as the right figure shows: nothing is left to win, and the text is the same. Eight
+two: 1.8 times the tokens a second, of the same text. (In this chapter's small model a draft costs
+0.6 of a pass, and what Python does around it comes on top: the same text takes longer. Eight
 layers that an H200 trained for a minute write 1.49 times as fast: benchmarks/mtp.py --graphs.)
 
     t₁ … t_T ─► trunk ─► norm ─► hᵢ ──────────┬────► head ─► P(tᵢ₊₁)        the main model
@@ -20,6 +20,7 @@ layers that an H200 trained for a minute write 1.49 times as fast: benchmarks/mt
     input    h'ᵢ = M [RMSNorm(hᵏ⁻¹ᵢ) ; RMSNorm(Emb(tᵢ₊ₖ))]                       [1] eq. 21
     block    hᵏ₁ … hᵏ_T₋ₖ = TRMₖ(h'₁ … h'_T₋ₖ)                                   [1] eq. 22
     output   Pᵏ(tᵢ₊ₖ₊₁) = head(hᵏᵢ), the main model's head and embedding         [1] eq. 23
+             M: eh_proj, TRMₖ: the block of module k = 1 … D, h⁰: the main model's states h
     loss     Lᵏ = −1/T Σ ln Pᵏ(tᵢ), i = 2+k … T+1;     λ/D Σₖ Lᵏ is added        [1] eq. 24, 25
     accept   a draft d ~ q, where the main model says p: with min(1, p(d)/q(d))   [2] alg. 1
     else     draw from max(0, p − q), normalised: then the token is distributed as p
@@ -509,10 +510,11 @@ def verify_sampling(device: torch.device, rows: int = 20_000, V: int = 3) -> Non
     powers = torch.tensor([V * V, V, 1])
     counts = (torch.tensor(new) * powers).sum(-1).bincount(minlength=V**3).to(device)
     chi_square = ((counts - rows * expected).square() / (rows * expected)).sum().cpu()
-    # of 26 degrees of freedom; a right decoder exceeds 60 in one run of six thousand
+    # 27 − 1 = 26 degrees of freedom: `error` is about 26 if the decoder is right, and exceeds 60
+    # in one run of six thousand
     check(f"χ² of {rows:,} sampled texts, {V**3} kinds", chi_square, torch.tensor(0.0), 60)
     power = rows * ((blind - expected).square() / expected).sum() + V**3 - 1
-    measure("chi_square_if_all_drafts_were_taken", power.item(), "expected; the limit is 60")
+    measure("chi_square_if_all_drafts_were_taken", power.item(), "χ² would be; the limit is 60")
 
 
 @torch.no_grad()
@@ -572,7 +574,7 @@ def guesses_of(
 @torch.no_grad()
 def rates_on(model, module: MTPModule, tokens: Tensor) -> tuple[float, float]:
     """tokens (B, T) of real text -> how often the module's likeliest token is the main model's, and
-    1 − TV of the two distributions: the chance that a draft at temperature 1 is accepted."""
+    Σ min(p, q) of the two distributions: the chance that a draft at temperature 1 is accepted."""
     states = model.hidden(tokens)
     p = model.head(states[:, 1:]).float().softmax(-1)  # after token i + 1, for i = 0 …
     q = model.head(module(model.embed(tokens[:, 1:]), states[:, :-1])).float().softmax(-1)
@@ -684,8 +686,8 @@ def report(model, prompts: list[list[int]], held_out: Tensor, decode: Callable, 
     measure("acceptance", rates[0.0], f"greedy text after {len(prompts)} prompts   [1]: 0.85-0.90")
     measure("acceptance_drawn", rates[1.0], "text drawn at temperature 1")
     same, overlap = rates_on(model, module, held_out)
-    measure("acceptance_on_given_text", same, "the same likeliest token after held-out text")
-    measure("overlap_on_given_text", overlap, "1 − TV of the two distributions there")
+    measure("acceptance_on_given_text", same, "greedy drafts, on held-out text itself")
+    measure("overlap_on_given_text", overlap, "the same drawn at T = 1: Σ min(p, q)")
     measure("tokens_per_step", 1 + rates[0.0], "a draft and a pass over two tokens are a step")
     measure("identical_prompts", identical, f"of {len(prompts)}, {new} tokens each, as without MTP")
     gaps = [logit_gap(model, *row) for row in zip(prompts, plain, greedy, strict=True)]
@@ -701,7 +703,7 @@ def report(model, prompts: list[list[int]], held_out: Tensor, decode: Callable, 
     measure("cost_of_verifying_two", cost["verify"] / cost["plain"], text)
     draft, two = (cost[name] / cost["plain"] for name in ("draft1", "draft2"))
     measure("cost_of_a_draft", draft, f"x   from two pairs {two:.2f}")
-    text = f"x, expected (1 + {rate:.2f}) / cost = {expected_speedup(rate, cost):.2f}   [1]: 1.8"
+    text = f"x, by costs (1 + {rate:.2f}) / cost = {expected_speedup(rate, cost):.2f}   [1]: 1.8"
     measure("speedup", ratio, text)
     points = [(rate, ratio)]
     for noise in 2.0, 4.0:
@@ -808,8 +810,8 @@ def bench(device: torch.device) -> None:
 
 # %% Exercises -------------------------------------------------------------------------------
 # 1. Break it: in mtp_loss let the module see token i + 2, by embed(tokens[:, k + 1 :]). Which check
-#    stops the chapter? Take it out, and the next: what become the loss on dice and the acceptance
-#    of a model that was trained so?
+#    stops the chapter? Leave out verify_loss, then verify_no_leak too: what does the loss on random
+#    tokens become, and what the acceptance of a model that was trained so?
 # 2. Keep rejected drafts: give `room` twice its size, and take the truncate after them out of
 #    speculative_generate. Which check stops the chapter? At which token does a text go wrong first?
 # 3. Draft two tokens a step with a chain of two modules. What must become of the second module's

@@ -225,7 +225,7 @@ def cpu_or_gpu_attention(q, k, v, causal=True, scale=None, mask=None) -> Tensor:
     return function(q, k, v, causal=causal, scale=scale, mask=mask)
 
 
-# cast once, under autocast, what several projections read: each would cast a copy
+# under autocast each projection would cast its own copy of what it reads: this casts one for all
 narrow = attn.in_autocast_dtype
 
 
@@ -397,7 +397,7 @@ class DeepSeek(nn.Module):
             return loss, loss.new_zeros(())
         end, documents = self.config.eos_token_id, None
         if end is not None:
-            documents = (rows == end).cumsum(1)  # it stands before each
+            documents = (rows == end).cumsum(1)  # END begins a document: this numbers them
         arguments = self.mtp, self.embed, self.head, hidden, rows, mtp_weight, documents
         return loss, mtp.mtp_loss(*arguments, nats=self.nats)
 
@@ -1056,7 +1056,7 @@ def training_step(
     for mixture, load in zip(mixtures, loads if mixtures else (), strict=True):
         if mixture.gate.e_score_correction_bias is not None:
             mixture.gate.update_bias(load, recipe.bias_update_speed * scale)
-    return *(losses + 0 * norm), loads
+    return *(losses + 0 * norm), loads  # 0 · norm: NaN where the norm is no finite number, else 0
 
 
 class GraphedStep:
@@ -1136,8 +1136,8 @@ def stepper(model: DeepSeek, optimizer, recipe: Recipe) -> Callable[..., tuple]:
 def evaluate(model: DeepSeek, tokens: np.ndarray, context: int, stride: int):
     """Σ −ln p of tokens[1:], each predicted once, and the load (layers, E) it put on the experts.
 
-    Windows of `context` tokens, `stride` apart: all tokens but the first context − stride
-    of the text have at least so many before them.
+    Windows of `context` tokens, `stride` apart: every token, but for those at the very beginning of
+    the text, is predicted from at least context − stride tokens before it.
     """
     training = model.training
     model.eval()
@@ -1480,14 +1480,17 @@ def report(model: DeepSeek, corpus: Corpus, recipe: Recipe, run: Run, trained: d
     nats, loads = evaluate(model, corpus.held_out, recipe.context, stride)
     bits = nats / math.log(2) / corpus.held_out_bytes
     seconds = time.perf_counter() - begin
-    measure("heldout_bits_per_byte", bits, f"bit/byte over all {corpus.held_out_bytes:,} bytes")
+    text = f"bit/byte over all {corpus.held_out_bytes:,} bytes; fewer are better"
+    measure("heldout_bits_per_byte", bits, text)
     for name, value in corpus.rivals.items():
         measure(f"{name}_bits_per_byte", value, "bit/byte, same bytes")
     measure("tokens_per_second", trained["tokens"] / trained["seconds"], "in training steps alone")
     measure("trained_tokens", trained["tokens"], f"of {len(corpus.train):,} in the training text")
     if model.mixtures():
         worst = moe.max_violation(loads).max().item()
-        measure("max_violation", worst, "held-out text, worst layer, last weights")
+        most = model.config.n_routed_experts / model.config.num_experts_per_tok - 1
+        text = f"held-out text, worst layer; 0: even, {most:g}: the worst there is"
+        measure("max_violation", worst, text)
     measure("evaluation_seconds", seconds, f"s, every token with at least {stride} before it")
     if model.mtp:
         report_drafts(model, corpus)
@@ -1511,7 +1514,7 @@ def report_drafts(model: DeepSeek, corpus: Corpus, count: int = 64, length: int 
     new, verdicts = mtp.speculative_generate(model, model.mtp[0], prompts, length)
     verdicts = list(itertools.chain.from_iterable(verdicts))
     acceptance = statistics.fmean(verdicts)
-    measure("acceptance", acceptance, f"of {len(verdicts):,} drafts   V3: 0.85-0.90")
+    measure("acceptance", acceptance, f"accepted share of {len(verdicts):,} drafts   V3: 0.85-0.90")
     measure("tokens_per_step", 1 + acceptance, f"greedy, {count} prompts of {length}, {length} new")
     same = sum(a == b for a, b in zip(new, model.generate(prompts, length), strict=True))
     measure("identical_prompts", same, f"of {count} continued as without drafts")
@@ -1767,7 +1770,8 @@ def lesson(args: argparse.Namespace) -> None:
         print(f"stopped  go on with: python 06_train.py --resume {folder}")
         raise SystemExit(130) from None
     if args.quick:
-        print("quick    the numbers below are those of a model that has learnt nothing yet")
+        print("quick    the numbers below are those of a model that has learnt nothing yet:")
+        print("         its greedy text repeats itself, which is easy to draft")
     model = gathered(model)
     if not rank_and_size()[0]:
         report(model.to(device), corpus, recipe, run, trained)
