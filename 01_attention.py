@@ -483,8 +483,11 @@ if triton is not None:
                     k2 = _rows(k, n, S, k_s, D1, D2, D, CUT)
                     scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
                 weights = tl.math.exp2(scores * scale - row_lse[:, None])
-                if CUT and CAUSAL:  # keys past the last are 0, and so is what they add to dq
-                    weights = tl.where(n[None, :] <= S - T + m[:, None], weights, 0.0)
+                if CUT:  # of a key past the last: 2^(0 − lse) may be infinite, and ∞ · 0 is NaN
+                    seen = n[None, :] < S
+                    if CAUSAL:
+                        seen = seen & (n[None, :] <= S - T + m[:, None])
+                    weights = tl.where(seen, weights, 0.0)
                 dp = tl.dot(do_tile, v_tile.T, input_precision=PRECISION)
                 ds = (weights * (dp - row_delta[:, None])).to(k1.dtype)
                 dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
@@ -599,15 +602,17 @@ def flash_attention(
     q: (B, H, T, D), k: (B, G, S, D), v: (B, G, S, V), G divides H -> (B, H, T, V) in q's dtype.
     causal: the queries are the last T of the S positions, and position i sees the keys j <= i.
     mask: True where a query may look, broadcasts to (B, H, T, S); it replaces the causal rule.
-    On a GPU, without a mask and for widths up to 256, by kernels that keep no weights, forward and
-    backward; otherwise by their PyTorch twin, which is not fast, and keeps them for autograd.
+    On a GPU (sm_80 or newer), without a mask and for widths up to 256, by kernels that keep no
+    weights, forward and backward; otherwise by their PyTorch twin, which is not fast, and keeps
+    them for autograd.
     """
     q, k, v = map(in_autocast_dtype, (q, k, v))
     mask, T, S, tiles = fitting(q, k, v, causal, mask), q.shape[2], k.shape[2], []
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     narrow = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.dtype == k.dtype
     if mask is None and q.is_cuda and triton is not None and narrow and q.numel() and S:
-        if max(q.shape[-1], v.shape[-1]) <= 256 and v.dtype == k.dtype and scale > 0:
+        fits = max(q.shape[-1], v.shape[-1]) <= 256 and v.dtype == k.dtype and scale > 0
+        if fits and q.shape[:2].numel() < 2**16 and gpu(q.device)[0] >= (8, 0):
             return _FlashAttention.apply(q, k, v, causal, scale)
     for start in range(0, max(T, 1), block):
         stop = min(start + block, T)

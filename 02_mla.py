@@ -384,7 +384,7 @@ if triton is not None:
         tile, split, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
         part, m = tile % PARTS, tile // PARTS * BM + tl.arange(0, BM)
         mine, r = part * LP + tl.arange(0, LP), L + tl.arange(0, RP)
-        q_row, ours = q + b * q_b + m[:, None] * (L + R), m[:, None] < ROWS
+        q_row, ours = q + b * q_b + m[:, None].to(tl.int64) * (L + R), m[:, None] < ROWS
         q_mine = tl.load(q_row + mine[None, :], mask=ours & (mine[None, :] < L), other=0.0)
         q_rope = tl.load(q_row + r[None, :], mask=ours & (r[None, :] < L + R), other=0.0)
         if PARTS == 2:
@@ -852,7 +852,8 @@ def mla_decode(
     differentiable = torch.is_grad_enabled() and (q.requires_grad or entries.requires_grad)
     fits = triton is not None and kv_lora_rank <= 512 and width - kv_lora_rank <= 64
     fits = fits and (pages is None or size % 64 == 0) and entries.stride(-1) == 1
-    fits = fits and q.numel() > 0 and S > 0
+    fits = fits and q.numel() > 0 and S > 0 and B < 2**16
+    fits = fits and (not q.is_cuda or gpu(q.device)[0] >= (8, 0))
     if q.is_cuda and lengths is None and mask is None and T == 1:
         lengths = q.new_full((B,), S, dtype=torch.int64)
     if q.is_cuda and fits and lengths is not None and not differentiable and entries.itemsize <= 4:

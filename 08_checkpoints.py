@@ -958,6 +958,15 @@ class FixedCache(mla.LatentCache):
         self.truncate(0)
         self.empty = True
 
+    def select(self, rows: Tensor) -> None:
+        """In place, for the graphs know these very tensors. ValueError: more rows, or fewer."""
+        entries, lengths = self.entries[rows], self.lengths[rows]
+        if len(lengths) != len(self.lengths):
+            want = f"{len(self.lengths)} rows of caches that are recorded, got {len(lengths)}"
+            raise ValueError(f"want all {want}: sample from a model without record_decoding")
+        self.entries.copy_(entries)
+        self.lengths.copy_(lengths)
+
     def append(self, latent: Tensor, k_rope: Tensor) -> Tensor:
         T, kept, self.used = latent.shape[1], self.lengths, 0
         super().append(latent, k_rope)
@@ -973,28 +982,35 @@ class Replay:
     """`function(*inputs, caches)` for one or two tokens as a CUDA graph, one for each shape.
 
     inputs: (B, T) or (B, T, C), caches: a FixedCache or a list of them. With anything else, for
-    more tokens, and where gradients are kept, it just calls.
+    more tokens, and where gradients are kept, it just calls. function: a method of a module; once
+    its weights lie elsewhere, as after .to(), it is recorded anew.
     """
 
     def __init__(self, function: Callable):
-        self.function, self.recorded = function, {}
+        self.function, self.recorded, self.parts = function, {}, None
 
     def __deepcopy__(self, memo: dict) -> "Replay":
         return Replay(copy.deepcopy(self.function, memo))  # of the copied module, if it is a method
 
-    def __call__(self, *arguments) -> Tensor:
-        *inputs, caches = arguments
+    def __call__(self, *arguments, **named) -> Tensor:
+        *inputs, caches = arguments = *arguments, *named.values()
         several = caches if isinstance(caches, list) else [caches]
         fits = isinstance(several[0], FixedCache) and inputs[0].shape[1] <= 2
         if not fits or torch.is_grad_enabled():
             return self.function(*arguments)
-        key = (*map(id, several), *(x.shape for x in inputs))
+        if self.parts is None:  # not before: a copy in the making has none
+            self.parts = [module._parameters for module in self.function.__self__.modules()]
+        places = (p.data_ptr() for part in self.parts for p in part.values() if p is not None)
+        key = (*map(id, several), *(x.shape for x in inputs), hash(tuple(places)))
         if key not in self.recorded:  # the caches too: alive, they keep their ids
-            self.recorded[key] = caches, *self.record(inputs, caches, several)
+            with torch.inference_mode(False), torch.no_grad():  # it may be kept for other modes
+                self.recorded[key] = caches, *self.record(inputs, caches, several)
         _, fixed, run, out = self.recorded[key]
         for place, x in zip(fixed, inputs, strict=True):
             place.copy_(x)
         run()
+        for cache in several:  # what `append` would have noted
+            cache.empty, cache.used = False, cache.room
         return out.clone()
 
     def record(self, inputs: list, caches, several: list[FixedCache]) -> tuple:
@@ -1025,25 +1041,36 @@ class Replay:
         return fixed, run, out
 
 
+class FixedCaches:
+    """A model's `new_caches` where it records: they are kept, for each power of two."""
+
+    def __init__(self, new_caches: Callable):
+        self.new_caches, self.made = new_caches, {}
+
+    def __deepcopy__(self, memo: dict) -> "FixedCaches":
+        return FixedCaches(copy.deepcopy(self.new_caches, memo))  # of the copied model
+
+    def __call__(self, batch: int, max_tokens: int, layers: int | None = None) -> list[FixedCache]:
+        room = max(256, 1 << (max_tokens - 1).bit_length())  # so that a growing talk records few
+        like = self.new_caches(batch, 1, layers)
+        place = {"device": like[0].entries.device, "dtype": like[0].entries.dtype}
+        key = batch, room, layers, *place.values()
+        with torch.inference_mode(False):  # they may be filled in other modes, too
+            if key not in self.made:
+                self.made[key] = [FixedCache(batch, room, *cache.widths, **place) for cache in like]
+            for cache in self.made[key]:
+                cache.clear()
+        return self.made[key]
+
+
 def record_decoding(model: "base.DeepSeek") -> None:
     """From now on `model` decodes by graphs, which it keeps, with caches, for each power of two.
 
     Texts of a size share their caches: one at a time.
     """
-    made, new_caches = {}, model.new_caches
-
-    def fixed_caches(batch: int, max_tokens: int, layers: int | None = None) -> list[FixedCache]:
-        room = max(256, 1 << (max_tokens - 1).bit_length())  # so that a growing talk records few
-        key = batch, room, layers
-        if key not in made:
-            like = new_caches(batch, 1, layers)
-            place = {"device": like[0].entries.device, "dtype": like[0].entries.dtype}
-            made[key] = [FixedCache(batch, room, *cache.widths, **place) for cache in like]
-        for cache in made[key]:
-            cache.clear()
-        return made[key]
-
-    model.new_caches, model.hidden = fixed_caches, Replay(model.hidden)
+    if isinstance(model.hidden, Replay):
+        return
+    model.new_caches, model.hidden = FixedCaches(model.new_caches), Replay(model.hidden)
     for module in model.mtp:
         module.forward = Replay(module.forward)
 

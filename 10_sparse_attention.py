@@ -207,6 +207,9 @@ class SparseLatentAttention(mla.MultiHeadLatentAttention):
         )
         self.index_topk, self.dense, self.index_loss = index_topk, False, None
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"index_loss": None}  # a copy.deepcopy can't take a graph along
+
     def forward(
         self, x: Tensor, cache: "mla.LatentCache | None" = None, gather: bool | None = None
     ) -> Tensor:

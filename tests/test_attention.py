@@ -649,6 +649,15 @@ for capability in (8, 0), (9, 0), (10, 0), (12, 0):
         compare(1, 2, 1, 70, 90, D, V, True, torch.float16)
         attn.flash_configs = real
 """,
+    "weights_of_keys_past_the_last_may_be_infinite": """
+for dtype, size in (torch.float16, 4.0), (torch.float32, 12.0):
+    q, k = torch.full((1, 1, 5, 16), size), torch.full((1, 1, 20, 16), -size)
+    q, k = ((x + 0.1 * torch.randn(x.shape)).to(dtype).requires_grad_() for x in (q, k))
+    v = torch.randn(1, 1, 20, 16).to(dtype).requires_grad_()
+    out = attn._FlashAttention.apply(q, k, v, False, 1.0)
+    dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+    assert dq.isfinite().all() and dk.isfinite().all() and dv.isfinite().all()
+""",
     "same_bits": """
 q, k, v = (torch.randn(1, 2, 40, 16).requires_grad_() for _ in "qkv")
 runs = []

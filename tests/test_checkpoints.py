@@ -1080,7 +1080,7 @@ def test_recorded_decoding_writes_the_same(device):
             ]
             assert max(gaps) <= (0 if device == "cpu" else 1e-2)
     # (B, width) of the passes: 3 rows or 1, 1 token or 2; rooms of 256 and of 512
-    seen = {key[-1] for key in recorded.hidden.recorded}
+    seen = {key[-2] for key in recorded.hidden.recorded}
     assert seen == {(B, T) for B in (1, 3) for T in (1, 2)} and len(recorded.hidden.recorded) == 6
     drawn = recorded.generate([[1, 2]], 8, 1.0, generator=torch.Generator(device).manual_seed(0))
     assert drawn == model.generate(
@@ -1098,6 +1098,75 @@ def test_recorded_decoding_writes_the_same(device):
     other = copy.deepcopy(recorded)  # records anew, what is computed by its own weights
     assert not other.hidden.recorded and other.hidden.function.__self__ is other
     model.loss(TOKENS.to(device), TOKENS.to(device)).backward()
+
+
+def test_what_is_recorded_is_of_these_weights_and_of_no_mode():
+    model = model_of(replace(TINY, max_position_embeddings=300))
+    recorded = copy.deepcopy(model)
+    chapter.record_decoding(recorded)
+    once = recorded.hidden
+    chapter.record_decoding(recorded)
+    assert recorded.hidden is once  # not a recording of recordings
+    prompts = [[3, 4, 5], [6, 7]]
+    with torch.inference_mode():
+        assert recorded.generate(prompts, 9) == model.generate(prompts, 9)
+    assert recorded.generate(prompts, 9) == model.generate(prompts, 9)
+    count = len(once.recorded)
+    other = copy.deepcopy(recorded).double()  # caches of its own, in its own dtype
+    assert other.new_caches(2, 20)[0].entries.dtype == torch.float64
+    assert recorded.new_caches(2, 20)[0].entries.dtype == torch.float32
+    weight = recorded.model.layers[1].self_attn.o_proj.weight
+    weight.data = weight.data * 2  # elsewhere
+    model.model.layers[1].self_attn.o_proj.weight.data *= 2
+    assert recorded.generate(prompts, 9) == model.generate(prompts, 9)
+    assert len(once.recorded) == 2 * count
+    tokens = torch.tensor([[5, 6]])
+    with torch.no_grad():
+        got = recorded.hidden(tokens, caches=recorded.new_caches(1, 9))
+        assert (got - model.hidden(tokens)).abs().max() <= 1e-4
+
+
+def test_a_part_of_a_prompt_behind_a_replayed_one_sees_it(monkeypatch):
+    """On a GPU a replay runs none of the cache's Python: so here it leaves no trace of it."""
+    model = model_of()
+    recorded = copy.deepcopy(model)
+    chapter.record_decoding(recorded)
+    record = chapter.Replay.record
+
+    def silent(self, inputs, caches, several):
+        fixed, run, out = record(self, inputs, caches, several)
+
+        def quiet():
+            noted = [(cache.empty, cache.used) for cache in several]
+            run()
+            for cache, (empty, used) in zip(several, noted, strict=True):
+                cache.empty, cache.used = empty, used
+
+        return fixed, quiet, out
+
+    monkeypatch.setattr(chapter.Replay, "record", silent)
+    tokens = torch.randint(500, (1, 9))
+    with torch.no_grad():
+        want = model.hidden(tokens)
+        for _ in range(2):  # the second time the first part is replayed
+            caches = recorded.new_caches(1, 20)
+            first = recorded.hidden(tokens[:, :2], caches)
+            got = torch.cat((first, recorded.hidden(tokens[:, 2:], caches)), 1)
+            assert (got - want).abs().max() <= 1e-4
+
+
+def test_recorded_caches_keep_their_rows():
+    model = model_of()
+    chapter.record_decoding(model)
+    [cache, *_] = model.new_caches(2, 9)
+    cache.append(torch.ones(2, 3, cache.widths[0]), torch.ones(2, 3, cache.widths[1]))
+    cache.entries[1] *= 2
+    place = cache.entries.data_ptr()
+    cache.select(torch.tensor([1, 0]))
+    assert cache.entries.data_ptr() == place and cache.entries[:, 0, 0].tolist() == [2, 1]
+    with pytest.raises(ValueError, match="want all 2 rows of caches that are recorded, got 4"):
+        cache.select(torch.tensor([0, 0, 1, 1]))
+    assert cache.entries.data_ptr() == place and len(cache.lengths) == 2
 
 
 def test_a_graph_finds_a_cache_where_it_was_recorded():

@@ -630,6 +630,14 @@ def test_the_checks_of_the_lesson(capsys):
     assert capsys.readouterr().out.count("ok\n") == 12
 
 
+def test_a_layer_that_is_learning_can_be_copied():
+    layer = layer_of(6)
+    layer.train()(torch.randn(2, 9, 32).double())
+    assert layer.index_loss is not None
+    other = copy.deepcopy(layer)
+    assert other.index_loss is None and layer.index_loss is not None
+
+
 def test_numbers_of_the_docstring():
     dense = 131072 * 128 * (2 * 512 + 64)
     sparse = 131072 * 64 * 128 + 2048 * 128 * (2 * 512 + 64)
