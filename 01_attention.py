@@ -294,8 +294,8 @@ def online_softmax_attention(
 
 
 def first_order(backward):
-    """For a Function's backward: an error where its own derivative is asked for. Its steps are not
-    recorded, and what depends on saved tensors alone would silently count as a constant."""
+    """For a Function's backward: refuses create_graph, which asks for its own derivative too. Its
+    steps are not recorded, and what depends on saved tensors alone would count as a constant."""
 
     def checked(ctx, *grads):
         if torch.is_grad_enabled():  # by create_graph
@@ -666,7 +666,7 @@ class _TiledAttention(torch.autograd.Function):
             out[:, :, rows] = (weights @ v[:, :, :seen]).view_as(out[:, :, rows])
             if few:
                 kept.append(weights)
-        ctx.save_for_backward(q, k, v, mask, *kept)
+        ctx.save_for_backward(q, k, v, None if few else mask, *kept)
         ctx.settings = causal, scale, block
         return out
 
@@ -1057,7 +1057,7 @@ def main() -> None:
     cli.add_argument("--bench", action="store_true", help="also time it against PyTorch's SDPA")
     cli.add_argument("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
-    if any(path.is_file() for path in (args.out, *args.out.parents)):
+    if any(p.exists() and not p.is_dir() for p in (args.out, *args.out.parents)):
         cli.error(f"--out {args.out} is a file, or in one: want a folder")
     if not 0 <= args.seed < 2**63:
         cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")

@@ -796,8 +796,8 @@ def _gemm_along_rows(a, a_scales, b, b_scales, ends: Tensor, out_dtype) -> Tenso
 
 # same as 01_attention.py
 def first_order(backward):
-    """For a Function's backward: an error where its own derivative is asked for. Its steps are not
-    recorded, and what depends on saved tensors alone would silently count as a constant."""
+    """For a Function's backward: refuses create_graph, which asks for its own derivative too. Its
+    steps are not recorded, and what depends on saved tensors alone would count as a constant."""
 
     def checked(ctx, *grads):
         if torch.is_grad_enabled():  # by create_graph
@@ -1217,7 +1217,7 @@ def main() -> None:
     cli.add_argument("--bench", action="store_true", help="also time it")
     cli.add_argument("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
-    if any(path.is_file() for path in (args.out, *args.out.parents)):
+    if any(p.exists() and not p.is_dir() for p in (args.out, *args.out.parents)):
         cli.error(f"--out {args.out} is a file, or in one: want a folder")
     if not 0 <= args.seed < 2**63:
         cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")

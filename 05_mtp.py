@@ -184,7 +184,7 @@ def padded_prompts(
 
 
 def ends_of(eos_token_id: int | list[int] | None) -> set:
-    return set(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else {eos_token_id}
+    return set(eos_token_id) if isinstance(eos_token_id, list) else {eos_token_id}
 
 
 def probabilities(logits: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
@@ -826,7 +826,7 @@ def main() -> None:
     cli.add_argument("--bench", action="store_true", help="also the costs at larger widths")
     cli.add_argument("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
-    if any(path.is_file() for path in (args.out, *args.out.parents)):
+    if any(p.exists() and not p.is_dir() for p in (args.out, *args.out.parents)):
         cli.error(f"--out {args.out} is a file, or in one: want a folder")
     if not 0 <= args.seed < 2**63:
         cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")

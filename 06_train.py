@@ -78,7 +78,6 @@ import tiktoken
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -375,12 +374,12 @@ class DeepSeek(nn.Module):
         return self.model.norm(x)
 
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy in nats; tokens, labels: (B, T), and a label of -100 is left out."""
+        """Mean cross-entropy in nats; tokens, labels: (B, T); labels below 0 are left out."""
         counted = (labels >= 0).sum()
         return self.nats(self.hidden(tokens).flatten(0, 1), labels.flatten()) / counted
 
     def nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Σ −ln p(label) of states (N, D) and labels (N,); labels of -100 are left out."""
+        """Σ −ln p(label) of states (N, D) and labels (N,); labels below 0 are left out."""
         hidden, left_out = narrow(hidden), labels < 0
         if hidden.is_cuda:  # to ask how many they are would be to wait for the GPU
             hidden = hidden.masked_fill(left_out[:, None], 0.0)  # no gradient comes back through 0
@@ -596,10 +595,10 @@ def save_whole(path: Path, write: Callable[[Path], object]) -> None:
     """`path` holds its old contents or all of the new ones, also when the disk fills up."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another run may write it too
     try:
+        fresh.touch()
+        mode = fresh.stat().st_mode
         write(fresh)
-        mask = os.umask(0)
-        os.umask(mask)
-        fresh.chmod(0o666 & ~mask)  # safetensors' own files are for their owner alone
+        fresh.chmod(mode)  # what safetensors writes is for its owner alone
         os.replace(fresh, path)
     except SafetensorError as error:  # a full disk, in the words of safetensors
         raise OSError(f"cannot write {path}: {error}") from None
@@ -764,7 +763,9 @@ def encoding_of(tokens: list[bytes]) -> tiktoken.Encoding:
 
 
 def save_encoding(encoding: tiktoken.Encoding, path: Path) -> None:
-    """One JSON file with all that load_encoding needs."""
+    """One JSON file with all that load_encoding needs. ValueError: another kind of encoding."""
+    if type(encoding) is not tiktoken.Encoding:
+        raise ValueError(f"{path}: no place for the cuts of a {type(encoding).__name__}")
     rank = encoding.encode_single_token
     ranks = {base64.b64encode(t).decode(): rank(t) for t in encoding.token_byte_values()}
     special = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
@@ -776,8 +777,14 @@ def load_encoding(path: Path) -> tiktoken.Encoding:
     try:
         raw = json.loads(path.read_text())
         ranks = {base64.b64decode(t): rank for t, rank in raw.pop("mergeable_ranks").items()}
+        # what tiktoken would panic at
         if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-            raise ValueError(f"byte {missing[0]} is no token")  # at which tiktoken would panic
+            raise ValueError(f"byte {missing[0]} is no token")
+        ids = [*ranks.values(), *raw["special_tokens"].values()]
+        if len(set(ids)) < len(ids):
+            raise ValueError("an id stands for two tokens")
+        if not raw["pat_str"]:
+            raise ValueError("an empty pattern")
         return tiktoken.Encoding(path.stem, mergeable_ranks=ranks, **raw)
     except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is no tokenizer of ours: {error}") from None
@@ -1195,14 +1202,14 @@ class Run:
         Of several processes the first writes, and all must call.
         """
         fresh, old = self.folder / "checkpoint.tmp", self.folder / "checkpoint.old"
-        plain, moments = gathered(model), {}
+        plain, moments, first = gathered(model), {}, not rank_and_size()[0]
         names = {id(p): name for name, p in model.named_parameters()}
         for parameter, values in optimizer.state.items():
             for key, value in values.items():
                 value = whole(value.detach())
-                if plain:
+                if first:
                     moments[f"{names[id(parameter)]}:{key}"] = value.cpu()
-        if not plain:
+        if not first:
             return
         shutil.rmtree(fresh, ignore_errors=True)
         plain.save_pretrained(fresh)
@@ -1230,9 +1237,9 @@ class Run:
             for name, ours in model.state_dict().items():
                 ours.copy_(part_of(weights[name], ours))
         try:
-            # read, not mapped: the next save deletes the file
-            file = self.checkpoint / "training/optimizer.safetensors"
-            moments = load_bytes(file.read_bytes())
+            with safe_open(self.checkpoint / "training/optimizer.safetensors", "pt") as file:
+                # copies, not the mapped file: the next save deletes it
+                moments = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             state = json.loads((self.checkpoint / "training/state.json").read_text())
             state = {"step": int(state["step"]), "seconds": float(state["seconds"])}
         except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
@@ -1259,7 +1266,7 @@ def interrupts() -> Iterator[list]:
         signal.signal(number, before[number])
 
     for number in signal.SIGINT, signal.SIGTERM:
-        if signal.getsignal(number) is signal.SIG_IGN:  # as nohup asks for
+        if signal.getsignal(number) is signal.SIG_IGN:  # as a shell's & may ask for
             continue
         before[number] = signal.signal(number, note) or signal.SIG_DFL  # None: not Python's
     try:
@@ -1269,7 +1276,7 @@ def interrupts() -> Iterator[list]:
             signal.signal(number, handler)
 
 
-LOWER = "lower the recipe's learning_rate (a checkpoint is of an earlier step)"
+LOWER = "lower the recipe's learning_rate (a checkpoint, if there is one, is of an earlier step)"
 
 
 def train(
@@ -1314,7 +1321,8 @@ def train(
             loss, drafting, loads = run_step(parts, scale, weight)
             loss = loss.item()  # waits for the device
             if not math.isfinite(loss):
-                raise ValueError(f"loss {loss} at step {state['step'] + 1}: {LOWER}")
+                said = f"the loss or a gradient is no number at step {state['step'] + 1}"
+                raise ValueError(f"{said}: {LOWER}")
             state["step"] += 1
             state["seconds"] += agreed(time.perf_counter() - begin)
             entry = {"step": state["step"], "loss": loss, "seconds": state["seconds"]}
@@ -1640,7 +1648,7 @@ def arguments() -> argparse.Namespace:
     add("--bench", action="store_true", help="only time a training step, against torch's own parts")
     add("--out", type=Path, default=Path("runs"), help="folder of the runs (%(default)s/)")
     args = cli.parse_args()
-    if any(path.is_file() for path in (args.out, *args.out.parents)):
+    if any(p.exists() and not p.is_dir() for p in (args.out, *args.out.parents)):
         cli.error(f"--out {args.out} is a file, or in one: want a folder")
     for name in ("steps", "minutes"):
         value = getattr(args, name)

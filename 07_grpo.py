@@ -1250,7 +1250,7 @@ def arguments() -> argparse.Namespace:
     add("--bench", action="store_true", help="also time sampling, with a cache and without")
     add("--out", type=Path, default=Path("runs"), help="folder of the runs (%(default)s/)")
     args = cli.parse_args()
-    if any(path.is_file() for path in (args.out, *args.out.parents)):
+    if any(p.exists() and not p.is_dir() for p in (args.out, *args.out.parents)):
         cli.error(f"--out {args.out} is a file, or in one: want a folder")
     if not 0 <= args.seed < 2**63:
         cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")
@@ -1358,7 +1358,7 @@ def lesson(args: argparse.Namespace) -> None:
         raise SystemExit(130) from None
     except BadProblem:
         again = f"python 07_grpo.py --resume {shlex.quote(str(folder))}"
-        print(f"stopped  saved; once it is mended: {again}")
+        print(f"stopped  once it is mended: {again}")
         raise
     if args.quick:
         print("quick    the numbers below are those of a model that has learnt nothing yet")

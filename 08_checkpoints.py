@@ -54,6 +54,7 @@ from importlib import import_module
 from pathlib import Path
 from types import MethodType
 
+import numpy as np
 import regex
 import tiktoken
 import torch
@@ -537,7 +538,10 @@ class CutEncoding(tiktoken.Encoding):
         parts = {"mergeable_ranks": mergeable_ranks, "special_tokens": special_tokens}
         super().__init__(name, pat_str=r"(?s:.+)", **parts)
         self.cuts = cuts
-        self.compiled = [regex.compile(cut) for cut in cuts]
+        if any(r"\h" in cut for cut in cuts):  # hexadecimal digits there, blanks here
+            raise ValueError(r"a pattern with \h")
+        # as in Oniguruma, which the library of tokenizer.json uses: && is "and", $ ends a line
+        self.compiled = [regex.compile(cut, regex.V1 | regex.MULTILINE) for cut in cuts]
 
     def encode_ordinary(self, text: str) -> list[int]:
         pieces = [text]
@@ -546,12 +550,18 @@ class CutEncoding(tiktoken.Encoding):
         ordinary = super().encode_ordinary
         return [token for piece in pieces if piece for token in ordinary(piece)]
 
+    def encode_to_numpy(self, text: str, **special):
+        return np.array(self.encode(text, **special), np.uint32)
+
+    def __reduce__(self):
+        return CutEncoding, (self.name, self.cuts, self._mergeable_ranks, self._special_tokens)
+
     def encode(self, text: str, *, allowed_special=frozenset(), disallowed_special="all"):
         """As tiktoken's: "all", or a set; ValueError for a special token that is not allowed."""
         known = self.special_tokens_set
-        allowed = known if allowed_special == "all" else set(allowed_special)
+        allowed = known if allowed_special == "all" else known & set(allowed_special)
         refused = known - allowed if disallowed_special == "all" else set(disallowed_special)
-        for name in refused - allowed:
+        for name in refused:
             if name in text:
                 raise ValueError(f"the text holds {name!r}, a special token that is not allowed")
         names = map(regex.escape, sorted(allowed, key=len, reverse=True))
@@ -563,9 +573,11 @@ class CutEncoding(tiktoken.Encoding):
         return tokens
 
 
-def parts_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The pieces that lower ranks make of a token, just before its own merge."""
-    parts, limit = [token[i : i + 1] for i in range(len(token))], ranks[token]
+def parts_of(token: bytes, ranks: dict[bytes, int], limit: float | None = None) -> list[bytes]:
+    """The pieces that lower ranks make of a token, just before its own merge; or those below a
+    limit."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    limit = ranks[token] if limit is None else limit
     while len(parts) > 1:
         pairs = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:], strict=False)]
         if min(pairs) >= limit:
@@ -647,7 +659,7 @@ def _cuts_of(raw: dict) -> str | tuple[str, ...]:
         else:
             patterns.append(None)
     plain = last["type"] == "ByteLevel" and not last["use_regex"] and not last["add_prefix_space"]
-    if not plain or not patterns or None in patterns:
+    if not plain or not patterns or not all(patterns):
         kinds = [step["type"] for step in steps]
         raise ValueError(
             f"pre_tokenizer of {kinds}: want isolated Splits or Digits, then ByteLevel"
@@ -685,9 +697,9 @@ def _read_merges(path: Path) -> tiktoken.Encoding:
     for token in ranks:
         parts = tuple(parts_of(token, ranks))
         if len(token) > 1 and merged.get(token) != parts:
-            # alone in its chunk it is itself; elsewhere tiktoken would merge it of two parts, too
-            alone = model.get("ignore_merges") and token not in merged and len(parts) != 2
-            if not alone:
+            # alone in its chunk it is itself; inside one tiktoken may merge it, and no merge does
+            alone = model.get("ignore_merges") and token not in merged
+            if not alone or len(parts_of(token, ranks, math.inf)) == 1:
                 raise ValueError(f"{path}: token {token!r} is not merged as ranks would merge it")
     return _encoding(path, cuts, ranks, special)
 
@@ -831,7 +843,10 @@ def read_ends(folder: Path) -> list[int] | None:
     try:
         found = json.loads(path.read_text("utf-8")) if path.exists() else {}
         ends = found.get("eos_token_id")
-        return ends if ends is None or isinstance(ends, list) else [int(ends)]
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if not all(type(end) is int and end >= 0 for end in ends):
+            raise ValueError(f"eos_token_id {ends}: want ids")
+        return ends or None
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error!r}") from None
 
@@ -847,8 +862,8 @@ class Talk:
         names, c = special_ids(encoding), model.config
         self.ends = [c.eos_token_id] if ends is None else ends
         if encoding.max_token_value >= c.vocab_size:
-            got = f"token {encoding.max_token_value}, of {c.vocab_size} that the model has"
-            raise ValueError(f"the tokenizer is of another model: it has {got}")
+            most = f"ids up to {encoding.max_token_value}, the model {c.vocab_size} rows"
+            raise ValueError(f"the tokenizer is of another model: it has {most}")
         self.marks = [names.get(i, "") for i in (c.bos_token_id, c.eos_token_id)]
 
     def prompt(self, room: int) -> list[int]:
@@ -1279,7 +1294,7 @@ def arguments() -> argparse.Namespace:
     )
     add("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
-    if any(path.is_file() for path in (args.out, *args.out.parents)):
+    if any(p.exists() and not p.is_dir() for p in (args.out, *args.out.parents)):
         cli.error(f"--out {args.out} is a file, or in one: want a folder")
     if not 0 <= args.seed < 2**63:
         cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")

@@ -556,7 +556,7 @@ def arguments() -> argparse.Namespace:
     add("--device", default=default, help="of your own speed: cpu, cuda, … (%(default)s)")
     add("--out", type=Path, default="runs", help="folder of the figures (%(default)s/)")
     args = cli.parse_args()
-    if any(path.is_file() for path in (args.out, *args.out.parents)):
+    if any(p.exists() and not p.is_dir() for p in (args.out, *args.out.parents)):
         cli.error(f"--out {args.out} is a file, or in one: want a folder")
     if args.preset and args.config:
         cli.error("--preset or --config, not both")

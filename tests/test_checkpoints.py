@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -712,6 +713,40 @@ def test_several_cuts_let_special_tokens_in_as_tiktoken_does(tmp_path):
         assert ids[1] == encoding.encode_single_token("<think>") and len(ids) == 3
         plain = encoding.encode("a<think>b", disallowed_special=())
         assert plain == encoding.encode_ordinary("a<think>b")
+        with pytest.raises(ValueError, match="<think>"):
+            encoding.encode("a<think>", allowed_special="all", disallowed_special={"<think>"})
+        unknown = encoding.encode("ab<think>", allowed_special={"b", ""}, disallowed_special=())
+        assert unknown == encoding.encode_ordinary("ab<think>")
+        assert encoding.encode_to_numpy("ab").tolist() == encoding.encode("ab")
+        for other in copy.deepcopy(encoding), pickle.loads(pickle.dumps(encoding)):
+            assert other.encode_ordinary(SAMPLES[0]) == encoding.encode_ordinary(SAMPLES[0])
+    with pytest.raises(ValueError, match="no place for the cuts of a CutEncoding"):
+        base.save_encoding(several, tmp_path / "encoding.json")
+
+
+@pytest.mark.parametrize(
+    "cuts", [(r"\s+$", r"\p{L}+"), (r"[a-z&&[aeiou]]+", r"^\s+"), (r"\h+", "x")]
+)
+def test_patterns_are_those_of_the_tokenizers_library(cuts, tmp_path):
+    inner, text = trained(cuts), "hello  \nworld abc  \n  axe fade " * 2
+    if r"\h+" in cuts:
+        with pytest.raises(ValueError, match=r"\\h"):
+            in_folder(inner, tmp_path)
+        return
+    ids = inner.encode(text, add_special_tokens=False).ids
+    assert in_folder(inner, tmp_path).encode_ordinary(text) == ids
+
+
+def test_a_token_that_later_merges_could_make_is_refused(tmp_path):
+    """abc has no merge, and is made of a and b, then ab and c, where tiktoken merges by ranks."""
+    vocab = {chapter.LETTERS[byte]: byte for byte in range(256)} | {"abc": 256, "ab": 257}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("a", "b")], ignore_merges=True))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\w+"), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    with pytest.raises(ValueError, match="is not merged as ranks would merge it"):
+        in_folder(inner, tmp_path)
 
 
 def test_special_tokens_keep_their_ids_there(tmp_path):
@@ -1013,7 +1048,13 @@ def test_what_ends_an_answer_may_stand_in_generation_config(tmp_path):
     for content, want in ({}, None), ({"eos_token_id": 7}, [7]), ({"eos_token_id": [7, 9]}, [7, 9]):
         path.write_text(json.dumps(content))
         assert chapter.read_ends(tmp_path) == want
-    for content in "{", "[]", '{"eos_token_id": "x"}':
+    path.write_text('{"eos_token_id": []}')
+    assert chapter.read_ends(tmp_path) is None
+    for bad in '"x"', "[[1]]", '["<end>"]', "1e999", "true", "7.9", "-1":
+        path.write_text(f'{{"eos_token_id": {bad}}}')
+        with pytest.raises(ValueError, match="generation_config.json"):
+            chapter.read_ends(tmp_path)
+    for content in "{", "[]":
         path.write_text(content)
         with pytest.raises(ValueError, match="generation_config.json"):
             chapter.read_ends(tmp_path)
@@ -1022,7 +1063,9 @@ def test_what_ends_an_answer_may_stand_in_generation_config(tmp_path):
 def test_a_tokenizer_of_another_model_is_refused(spoken):
     model, encoding = spoken
     small = model_of(replace(TINY, vocab_size=300, bos_token_id=None, eos_token_id=None))
-    with pytest.raises(ValueError, match="of another model: it has token 590, of 300"):
+    with pytest.raises(
+        ValueError, match="of another model: it has ids up to 590, the model 300 rows"
+    ):
         chapter.Talk(small, encoding)
 
 

@@ -87,6 +87,7 @@ def test_a_folder_that_is_a_file_and_a_seed_of_no_generator(path, tmp_path, monk
     """Said at once, and not by a traceback behind the last check."""
     (tmp_path / "file").write_text("mine")
     bad = [("--out", str(tmp_path / "file")), ("--out", str(tmp_path / "file/deeper/still"))]
+    bad += [("--out", os.devnull)]
     bad += [("--seed", "-1"), ("--seed", str(10**20))] if '"--seed"' in path.read_text() else []
     for flag, value in bad:
         monkeypatch.setattr(sys, "argv", [path.name, flag, value])
