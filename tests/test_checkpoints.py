@@ -704,6 +704,32 @@ def test_what_we_write_gives_the_same_ids_there(cuts, tmp_path):
     assert again.encode_ordinary(SAMPLES[0]) == ours.encode_ordinary(SAMPLES[0])
 
 
+def test_runs_of_digits_may_stay_together(tmp_path):
+    pre = tokenizers.pre_tokenizers
+    for alone in True, False:
+        inner = trained(CUTS["v2"])
+        last = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+        split = pre.Split(tokenizers.Regex(r"[a-z]+"), "isolated")
+        before, inner.pre_tokenizer = (
+            inner.pre_tokenizer,
+            pre.Sequence([split, pre.Digits(alone), last]),
+        )
+        ours = in_folder(inner, tmp_path / str(alone))
+        inner.pre_tokenizer = before
+        assert ours.cuts == ("[a-z]+", r"\p{N}" if alone else r"\p{N}+")
+
+
+def test_codes_to_be_kept_must_be_there_and_be_matrices(tmp_path):
+    chapter.save_released(model_of(), tmp_path / "plain")
+    with pytest.raises(ValueError, match="no weights in FP8 to be kept"):
+        chapter.load_released(tmp_path / "plain", keep_fp8=True)
+    chapter.save_released(model_of(), tmp_path / "fp8", in_fp8=True)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    spoil(tmp_path / "fp8", lambda t: t.update({name: t[name].flatten().clone()}))
+    with pytest.raises(ValueError, match=r"o_proj.weight is FP8 of shape \(\d+,\), want a matrix"):
+        chapter.load_released(tmp_path / "fp8")
+
+
 def test_several_cuts_let_special_tokens_in_as_tiktoken_does(tmp_path):
     several, one = (in_folder(trained(CUTS[name]), tmp_path / name) for name in ("v2", "v3"))
     for encoding in several, one:
@@ -1279,6 +1305,11 @@ def test_the_command_line(tmp_path, encoding):
     ):
         done = call(tmp_path / "run", *flags, said="x\n")
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    [first] = model.generate([[590, *encoding.encode_ordinary("x")]], 1)
+    (run / "generation_config.json").write_text(json.dumps({"eos_token_id": first}))
+    model.save_pretrained(run)
+    done = call(tmp_path / "run", *talk, "--no-mtp", said="x\n")
+    assert done.returncode == 0 and " + 1 tokens" in done.stdout, done.stdout + done.stderr
     (run / "tokenizer_config.json").write_text('{"chat_template": "{% for %}"}')
     done = call(tmp_path / "run", said="x\n")
     assert done.returncode == 2 and "template can't be parsed" in done.stderr

@@ -695,6 +695,12 @@ def test_chunks_read_what_lies_elsewise_and_nothing(monkeypatch):
         assert_close(mla.mla_decode(q, e, 16, 0.4), want)
 
 
+def test_the_benchs_plain_products_are_the_same_attention():
+    q, entries = torch.randn(2, 3, 1, 24).double(), torch.randn(2, 50, 24).double()
+    got = mla.matmul_decode(q, entries, 16, 0.4, lengths=None)
+    assert_close(got, mla.mla_decode(q, entries, 16, 0.4))
+
+
 def test_compiled_for_one_length_and_then_for_another():
     layer = mla.MultiHeadLatentAttention(**SIZES)
     torch.compiler.reset()
