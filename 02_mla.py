@@ -482,9 +482,11 @@ try:
 
     try:
         from triton.experimental.gluon.language import barrier
-        from triton.experimental.gluon.language.nvidia.hopper.tma import async_load
-    except ImportError:  # Triton 3.6 calls them so
+    except ImportError:  # Triton 3.6 calls it so
         from triton.experimental.gluon.language import thread_barrier as barrier
+    try:
+        from triton.experimental.gluon.language.nvidia.hopper.tma import async_load
+    except ImportError:  # Triton 3.6 and 3.7 call it so
         from triton.experimental.gluon.language.nvidia.hopper.tma import (
             async_copy_global_to_shared as async_load,
         )
