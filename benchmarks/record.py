@@ -51,7 +51,7 @@ def receipt(lines: list[str]) -> tuple[list[dict], list[dict]]:
                 raise ValueError(f"unreadable check line: {line!r}")
             name, verdict = found[1], found[4]
             error, tol = float(found[2]), float(found[3])
-            ok = error <= tol  # False for NaN too
+            ok = 0 <= error <= tol < math.inf  # False for NaN too
             if ok != (verdict == "ok"):  # a wrong verdict, or a tolerance rounded in print
                 raise ValueError(f"the line says {verdict}, its numbers don't: {line!r}")
             checks.append({"name": name, "error": number(error), "tol": number(tol), "ok": ok})

@@ -1,6 +1,7 @@
 """record.py believes numbers, not verdicts, and a failed run leaves the last good record alone."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -174,6 +175,7 @@ def test_a_home_at_the_root_leaves_addresses_alone(run, monkeypatch):
     assert entry["measures"][0]["text"] == "as in https://example.org/a/b"
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git here")
 def test_commit_and_clean_tree(run, tmp_path):
     def git(*args: str) -> str:
         who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]

@@ -630,6 +630,19 @@ def test_the_checks_of_the_lesson(capsys):
     assert capsys.readouterr().out.count("ok\n") == 12
 
 
+@pytest.mark.parametrize("behind", range(1, 9))
+def test_queries_that_see_fewer_than_they_may_read(behind):
+    """Three behind so many others: the first of them may see less than the 6 that each reads."""
+    layer, x = layer_of(6), torch.randn(2, behind + 3, 32).double()
+    with torch.no_grad():
+        parts = []
+        for gather in False, True:
+            cache = mla.LatentCache(2, 30, 16, 12, dtype=x.dtype)
+            layer(x[:, :behind], cache)
+            parts.append(layer(x[:, behind:], cache, gather=gather))
+    assert torch.allclose(*parts, rtol=0, atol=1e-12)
+
+
 def test_a_layer_that_is_learning_can_be_copied():
     layer = layer_of(6)
     layer.train()(torch.randn(2, 9, 32).double())
