@@ -141,6 +141,13 @@ def test_memory_by_hand():
     n = 671_026_419_200
     assert chapter.training_bytes(base.V3)["weights"] == 5 * n
     assert sum(chapter.training_bytes(base.V3, "bf16").values()) == 18 * n
+    for recipe, sizes in ("fp8", (5, 4, 4)), ("bf16", (6, 4, 8)):
+        assert [b / n for b in chapter.training_bytes(base.V3, recipe).values()] == [*sizes]
+    # 8 of 256 experts, 4 of 8 nodes: a node of 32 is missed by C(96, 8) of C(128, 8) choices; of
+    # those reached 7 in 8 are elsewhere, in 58 layers, 7168 numbers there in 1 byte, back in 2
+    reached = 4 * (1 - math.comb(96, 8) / math.comb(128, 8))
+    want = 58 * reached * 7 / 8 * 7168 * 3
+    assert math.isclose(chapter.dispatch_bytes_per_token(base.V3), want, rel_tol=1e-12)
     c = replace(SMALL, num_hidden_layers=1, first_k_dense_replace=1, q_lora_rank=None)
     D, H = c.hidden_size, c.num_attention_heads
     plain = chapter.activation_bytes_per_token(c, frugal=False)

@@ -1069,6 +1069,8 @@ def test_own_answers_are_right_and_one_a_problem():
     torch.manual_seed(0)
     model = base.DeepSeek(SMALL)
     assert chapter.own_answers(model, ENCODING, task, 8, 2) == []  # it knows nothing
+    task.correct = lambda problem, text: True
+    assert len(chapter.own_answers(model, ENCODING, task, 8, 2)) == 8
     task.correct = lambda problem, text: "1" in text or len(text) < 30
     pairs = chapter.own_answers(model, ENCODING, task, 140, 3, seed=1)  # over two batches
     assert 0 < len(pairs) < 140 and all(task.correct(None, text) for _, text in pairs)
