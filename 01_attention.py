@@ -483,11 +483,10 @@ if triton is not None:
                     k2 = _rows(k, n, S, k_s, D1, D2, D, CUT)
                     scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
                 weights = tl.math.exp2(scores * scale - row_lse[:, None])
-                if CUT:  # of a key past the last: 2^(0 − lse) may be infinite, and ∞ · 0 is NaN
-                    seen = n[None, :] < S
-                    if CAUSAL:
-                        seen = seen & (n[None, :] <= S - T + m[:, None])
-                    weights = tl.where(seen, weights, 0.0)
+                if CUT and CAUSAL:
+                    weights = tl.where(n[None, :] <= S - T + m[:, None], weights, 0.0)
+                elif CUT:  # of a key past the last: 2^(0 − lse) may be infinite, and ∞ · 0 is NaN
+                    weights = tl.where(n[None, :] < S, weights, 0.0)
                 dp = tl.dot(do_tile, v_tile.T, input_precision=PRECISION)
                 ds = (weights * (dp - row_delta[:, None])).to(k1.dtype)
                 dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
