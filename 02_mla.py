@@ -1018,6 +1018,7 @@ class MultiHeadLatentAttention(nn.Module):
         """V2 app. C: W_UK joins the query, W_UV waits for the sum -> the same (B, H, T, V).
 
         W_UQ and W_UK stay two matrices: their product would be Q·L numbers a head, not Q·N + N·L.
+        decode: attention to the entries, called as `mla_decode` is.
         """
         B, H, T, _ = q_nope.shape
         w = self.kv_b_proj.weight.to(q_nope.dtype).unflatten(0, (H, -1))  # (H, N + V, L)

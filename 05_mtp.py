@@ -7,8 +7,8 @@ r"""05 · MTP: predict two tokens at a time; train on both, then let the second 
 DeepSeek-V3 guesses the token after the next one right 85-90 % of the time [1]. A pass that checks
 such a guess is hardly dearer than one that makes a token, and when the guess was right it has made
 two: 1.8 times the tokens a second, of the same text. (In this chapter's small model a draft costs
-0.6 of a pass, and what Python does around it comes on top: the same text takes longer. Eight
-layers that an H200 trained for a minute write 1.49 times as fast: benchmarks/mtp.py --graphs.)
+0.6 of a pass, and the same text takes no less time. Eight layers that an H200 trained for a minute
+write 1.49 times as fast: benchmarks/mtp.py --graphs.)
 
     t₁ … t_T ─► trunk ─► norm ─► hᵢ ──────────┬────► head ─► P(tᵢ₊₁)        the main model
                                               ▼
@@ -184,6 +184,7 @@ def padded_prompts(
 
 
 def ends_of(eos_token_id: int | list[int] | None) -> set:
+    """The tokens that end a text, of one, of several, or of none."""
     return set(eos_token_id) if isinstance(eos_token_id, list) else {eos_token_id}
 
 

@@ -66,7 +66,6 @@ from tqdm import tqdm
 mla = import_module("02_mla")  # LatentCache
 moe = import_module("03_moe_router")  # Experts, has_kernels
 fp8 = import_module("04_fp8_gemm")  # quantize_blocks, quantize_tiles, dequantize, fp8_gemm
-mtp = import_module("05_mtp")  # validate_drawing
 base = import_module("06_train")  # DeepSeek, DeepSeekConfig, released_tensors, save_whole
 
 # %% 1. The layout, name by name -------------------------------------------------------------
@@ -519,6 +518,7 @@ def with_gaps(pattern: str) -> str:
 
 
 def matches_and_gaps(pattern, text: str) -> Iterator[str]:
+    """All of the text, in turn what lies before a match, and the match; either may be empty."""
     place = 0
     for match in pattern.finditer(text):
         yield text[place : match.start()]
@@ -648,13 +648,10 @@ def _cuts_of(raw: dict) -> str | tuple[str, ...]:
     *splits, last = steps
     patterns = []
     for step in splits:
+        kind = step["type"], step.get("behavior"), step.get("invert")
         if step["type"] == "Digits":
             patterns.append(r"\p{N}" if step["individual_digits"] else r"\p{N}+")
-        elif (step["type"], step.get("behavior"), step.get("invert")) == (
-            "Split",
-            "Isolated",
-            False,
-        ):
+        elif kind == ("Split", "Isolated", False):
             patterns.append(step["pattern"].get("Regex"))
         else:
             patterns.append(None)
@@ -1299,7 +1296,7 @@ def arguments() -> argparse.Namespace:
     if not 0 <= args.seed < 2**63:
         cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")
     try:
-        mtp.validate_drawing(args.temperature, args.top_p)
+        base.mtp.validate_drawing(args.temperature, args.top_p)
     except ValueError as error:
         cli.error(f"--temperature, --top-p: {error}")
     if args.folder is None and (args.save or args.fp8 or args.compile):

@@ -70,7 +70,7 @@ PRICE = 2.0  # $ an hour: [1]'s assumption
 RENT = 39.33 / 8  # $ an hour of an H100, AWS EC2 capacity block, January 2025 (list price)
 DENSE_RATE = 400e12  # FLOP/s of an H100, Llama 3 405B, bf16: 41 % of its peak [4]
 EXPERT_RATE = 1 / (2 / 3 / 1304e12 + 1 / 3 / 1025e12)  # FP8, gate and up, then down, M = 4096 [5]
-BF16_RATE = 790e12  # cuBLAS on an H200, measured for this course; 02's --bench prints yours
+BF16_RATE = 744e12  # cuBLAS on an H200: matmul_peak in results/02_mla.bench.cuda.json
 ATTENTION_RATE = 660e12  # FlashMLA, compute-bound [5]
 V2 = replace(
     base.V3, vocab_size=102400, hidden_size=5120, intermediate_size=12288,
