@@ -1083,7 +1083,7 @@ class _ExpertsInBlocks(torch.autograd.Function):
         tensors = x, row_weights, gate_up_proj, down_proj, token_of_row
         ctx.save_for_backward(*tensors, *saved)
         ctx.sizes = sizes
-        return y.to(x.dtype)
+        return y.to(x.dtype).detach()  # y itself, torch 2.11 would compile to a gradient of 0
 
     @staticmethod
     @first_order

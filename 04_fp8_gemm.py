@@ -816,7 +816,8 @@ class _FP8Product(torch.autograd.Function):
         w_codes, w_scales = quantize_blocks(w, power_of_two)
         ctx.save_for_backward(x_codes, x_scales, w_codes, w_scales)
         ctx.settings, ctx.dtype = (power_of_two, gradient_blocks), w.dtype
-        return fp8_gemm(x_codes, x_scales, w_codes, w_scales, x.dtype)
+        y = fp8_gemm(x_codes, x_scales, w_codes, w_scales, x.dtype)
+        return y.detach()  # y itself, torch 2.11 would compile to a gradient of 0
 
     @staticmethod
     @first_order
@@ -844,7 +845,7 @@ class _FP8Grouped(torch.autograd.Function):
         x_fp8, w_fp8 = quantize_tiles(x, power_of_two), quantize_blocks(weight, power_of_two)
         ctx.save_for_backward(*x_fp8, *w_fp8, ends)
         ctx.power_of_two, ctx.dtype = power_of_two, weight.dtype
-        return _gemm_by_rows(*x_fp8, *w_fp8, ends, x.dtype)
+        return _gemm_by_rows(*x_fp8, *w_fp8, ends, x.dtype).detach()  # as in _FP8Product
 
     @staticmethod
     @first_order

@@ -520,6 +520,17 @@ def test_layer_multiplies_codes_in_all_three_products(shape, blocks, power_of_tw
         assert got.shape == want.shape and (got - want).abs().max() <= 1e-4
 
 
+def test_compiled_gradients_are_the_eager_ones():
+    """torch 2.11 compiled a Function to a gradient of 0 if its forward ended in a cast."""
+    layer, x = FP8Linear(130, 70), torch.randn(5, 130, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="eager")
+    want, got = (torch.autograd.grad((f(x) ** 2).sum(), inputs) for f in (layer, compiled))
+    for mine, other in zip(got, want, strict=True):
+        assert other.abs().max() > 0 and torch.equal(mine, other)
+
+
 def test_layer_is_near_a_linear_layer():
     layer, plain = FP8Linear(256, 192), nn.Linear(256, 192)
     plain.load_state_dict(layer.state_dict())  # the same names
