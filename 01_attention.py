@@ -29,7 +29,7 @@ between heads shrinks it 16 or 128 times; what V3 does instead is chapter 02.
     T, S  new tokens, key slots    37  128k    [3] MQA, Shazeer 2019, arXiv:1911.02150
     C     hidden_size             128  7168    [4] GQA, Ainslie et al. 2023, arXiv:2305.13245
     H     num_attention_heads       8   128    [5] Milakov & Gimelshein 2018, arXiv:1805.02867
-    G     num_key_value_heads  8, 2, 1    –    [6] FlashAttention, Dao et al. 2022, arXiv:2205.14135
+    G     num_key_value_heads  8, 2, 1    –    [6] FlashAttention-2, Dao 2023, arXiv:2307.08691
     D     head_dim                 16   128    [7] DeepSeek-V2, arXiv:2405.04434
     R     rotated channels         16    64    V3: DeepSeek-V3, arXiv:2412.19437, §4.2
     V     width of a value         16   128
@@ -40,7 +40,10 @@ Run:  python 01_attention.py [--bench]          4 s on two CPU cores, 22 s with 
 """
 
 import argparse
+import os
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -267,7 +270,7 @@ def online_softmax_attention(
 ) -> Tensor:
     """Attention that meets the keys `block` at a time and never holds a whole row of scores.
 
-    The inner loop of FlashAttention (arXiv:2205.14135, algorithm 1); arguments as flash_attention.
+    The inner loop of FlashAttention-2 (arXiv:2307.08691, alg. 1); arguments as flash_attention.
     """
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     if mask is None and causal:
@@ -508,7 +511,7 @@ def flash_configs(
     D: int, V: int, itemsize: int, capability: tuple[int, int], S: int = 4096
 ) -> dict[str, tuple[int, int, int, int]]:
     """(BM, BN, warps, stages) of each kernel for S keys; the tests compile them, and find nothing
-    spilt but 184 bytes of a Hopper's keys."""
+    spilt but up to 184 bytes of a Hopper's keys (Triton 3.9: 104)."""
     widest = max(D, V)
     if itemsize == 4:
         small = (16, 16, 4, 1)
@@ -596,7 +599,7 @@ def in_autocast_dtype(x: Tensor) -> Tensor:
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, causal=True, scale=None, mask=None, block=128
 ) -> Tensor:
-    """Tiles of queries, each of which meets the key blocks up to its diagonal (arXiv:2205.14135).
+    """Tiles of queries, each of which meets the key blocks up to its diagonal (arXiv:2307.08691).
 
     q: (B, H, T, D), k: (B, G, S, D), v: (B, G, S, V), G divides H -> (B, H, T, V) in q's dtype.
     causal: the queries are the last T of the S positions, and position i sees the keys j <= i.
@@ -652,7 +655,7 @@ class _TiledAttention(torch.autograd.Function):
             scores.masked_fill_(~mask[:, :, rows], float("-inf"))
         elif causal:  # the diagonal crosses only the last t keys
             scores[..., -t:] += q.new_full((t, t), float("-inf")).triu(1)
-        return scores.softmax(-1).view(B, G, H // G * t, seen)  # sums in fp32 whatever the width
+        return scores.softmax(-1).view(B, G, H // G * t, seen)  # sums in fp32 or wider
 
     @staticmethod
     def forward(ctx, q, k, v, causal, scale, mask, block):
@@ -848,9 +851,7 @@ def experiment(out: Path) -> None:
 
 def draw(per_token: dict[str, int], out: Path) -> None:
     """Bytes of one sequence's cache against its length, one line a kind of attention."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook hands down its own, which may be missing here
     from matplotlib import pyplot as plt
 
     contexts = [1024 * 2**i for i in range(8)]  # 1k … 128k
@@ -941,9 +942,7 @@ def bench_contexts(device: torch.device, out: Path) -> None:
 
 
 def draw_contexts(contexts: list[int], panels: dict[str, dict], out: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook hands down its own, which may be missing here
     from matplotlib import pyplot as plt
 
     figure, both = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
@@ -1049,6 +1048,8 @@ def bench(device: torch.device) -> None:
 
 
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a character of a text
+        sys.stdout.reconfigure(errors="replace")
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     cli.add_argument("--device", default=default, help="cpu, cuda, cuda:1, … (%(default)s)")
@@ -1056,10 +1057,13 @@ def main() -> None:
     cli.add_argument("--bench", action="store_true", help="also time it against PyTorch's SDPA")
     cli.add_argument("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
-    if any(p.exists() and not p.is_dir() for p in (args.out, *args.out.parents)):
-        cli.error(f"--out {args.out} is a file, or in one: want a folder")
     if not 0 <= args.seed < 2**63:
         cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        cli.error(f"--out {args.out}: {error.strerror}; want a folder that can be written to")
     try:
         device = torch.device(args.device)
         torch.zeros(1, dtype=torch.float64, device=device).item()  # the checks need float64

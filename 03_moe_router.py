@@ -41,6 +41,8 @@ Run:  python 03_moe_router.py [--bench]          16 s on one CPU core, 30 s with
 import argparse
 import os
 import statistics
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -1510,9 +1512,7 @@ def experiment(device: torch.device, seed: int, out: Path) -> None:
 
 def draw_figure(runs: dict[str, tuple], out: Path) -> None:
     """MaxVio and loss over steps, one line a way to balance."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook hands down its own, which may be missing here
     from matplotlib import pyplot as plt
 
     labels = {
@@ -1729,6 +1729,8 @@ def bench_few_rows(device: torch.device) -> None:
 
 
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a character of a text
+        sys.stdout.reconfigure(errors="replace")
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     cli.add_argument("--device", default=default, help="cpu, cuda, cuda:1, … (%(default)s)")
@@ -1736,10 +1738,13 @@ def main() -> None:
     cli.add_argument("--bench", action="store_true", help="also time it against PyTorch's own")
     cli.add_argument("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
-    if any(p.exists() and not p.is_dir() for p in (args.out, *args.out.parents)):
-        cli.error(f"--out {args.out} is a file, or in one: want a folder")
     if not 0 <= args.seed < 2**63:
         cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        cli.error(f"--out {args.out}: {error.strerror}; want a folder that can be written to")
     try:
         device = torch.device(args.device)
         torch.zeros(1, dtype=torch.float64, device=device).item()  # the checks need float64

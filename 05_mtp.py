@@ -42,9 +42,12 @@ import copy
 import itertools
 import keyword
 import math
+import os
 import re
 import statistics
+import sys
 import sysconfig
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -715,9 +718,7 @@ def report(model, prompts: list[list[int]], held_out: Tensor, decode: Callable, 
 
 def draw(out: Path, found: list[Guess], points: list, cost: dict[str, float]) -> None:
     """Acceptance by position and by kind of token; speed-up against acceptance."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook hands down its own, which may be missing here
     from matplotlib import pyplot as plt
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
@@ -820,6 +821,8 @@ def bench(device: torch.device) -> None:
 
 
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a character of a text
+        sys.stdout.reconfigure(errors="replace")
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     cli.add_argument("--device", default=default, help="cpu, cuda, cuda:1, … (%(default)s)")
@@ -827,10 +830,13 @@ def main() -> None:
     cli.add_argument("--bench", action="store_true", help="also the costs at larger widths")
     cli.add_argument("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
-    if any(p.exists() and not p.is_dir() for p in (args.out, *args.out.parents)):
-        cli.error(f"--out {args.out} is a file, or in one: want a folder")
     if not 0 <= args.seed < 2**63:
         cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        cli.error(f"--out {args.out}: {error.strerror}; want a folder that can be written to")
     try:
         device = torch.device(args.device)
         torch.zeros(1, dtype=torch.float64, device=device).item()  # the checks need float64

@@ -51,7 +51,6 @@ import importlib.metadata
 import io
 import itertools
 import json
-import lzma
 import math
 import os
 import platform
@@ -969,6 +968,8 @@ def named_encoding(name: str) -> tiktoken.Encoding:
 
 def compressors(train: bytes, held_out: bytes) -> dict[str, float]:
     """Bits per byte of the held-out text; the last one has read the training text first."""
+    import lzma  # not every Python was built with it, and only this needs it
+
     bits = 8 / len(held_out)
     xz = lambda data: len(lzma.compress(data, preset=9))
     seen = train[-60_000_000:]  # what fits into the window of xz -9
@@ -1314,7 +1315,7 @@ def train(
     reported, saved = int(share() * reports), state["seconds"]
     total = None if minutes else recipe.steps
     shown = {"total": total, "initial": state["step"], "unit": "step", "dynamic_ncols": True}
-    with tqdm(**shown, disable=rank > 0) as bar, interrupts() as interrupted:
+    with tqdm(**shown, disable=rank > 0 or not sys.stderr) as bar, interrupts() as interrupted:
         while share() < 1 and not stop:
             begin, scale = time.perf_counter(), recipe.scale(share())
             parts = [next(rows) for _ in range(recipe.accumulate)]
@@ -1531,9 +1532,7 @@ def report_drafts(model: DeepSeek, corpus: Corpus, count: int = 64, length: int 
 
 def draw(run: Run, corpus: Corpus, bits: float, mixtures: int) -> None:
     """Loss and expert load over the steps, from metrics.jsonl; mixtures: the main model's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook hands down its own, which may be missing here
     from matplotlib import pyplot as plt
 
     metrics = run.metrics()
@@ -1775,7 +1774,7 @@ def lesson(args: argparse.Namespace) -> None:
             model, corpus, recipe, run.folder, args.seed, args.minutes, bool(args.resume)
         )
     except KeyboardInterrupt:
-        folder = shlex.quote(str(run.folder))
+        folder = shlex.quote(run.folder.as_posix())
         print(f"stopped  go on with: python 06_train.py --resume {folder}")
         raise SystemExit(130) from None
     if args.quick:
@@ -1787,7 +1786,7 @@ def lesson(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    with contextlib.suppress(AttributeError):  # a terminal may lack a character of a text
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a character of a text
         sys.stdout.reconfigure(errors="replace")
     args = arguments()
     try:

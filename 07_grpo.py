@@ -5,7 +5,7 @@
 #   "safetensors>=0.4.5", "tqdm>=4.66",
 # ]
 # ///
-r"""07 · GRPO: rewarded for right answers alone, a model finds out that thinking pays.
+r"""07 · GRPO: rewarded for right answers and their form alone, a model learns that thinking pays.
 
 R1-Zero was never shown how to reason. V3 was asked 10,400 batches of questions, a rule checked the
 answers, and AIME 2024 went from 15.6 % to 77.9 % while answers grew to thousands of tokens [2].
@@ -43,6 +43,7 @@ import itertools
 import json
 import math
 import operator
+import os
 import random
 import re
 import shlex
@@ -1147,9 +1148,7 @@ def without_cache(model, prompts: list, max_new_tokens: int, end: int) -> list[l
 
 def draw_curves(metrics: list[dict], ceiling: float | None, out: Path) -> None:
     """Right answers and thinking; length; entropy, distance and ties, over the steps of RL."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook hands down its own, which may be missing here
     from matplotlib import pyplot as plt
 
     steps = [entry["step"] for entry in metrics]
@@ -1354,10 +1353,10 @@ def lesson(args: argparse.Namespace) -> None:
             train_grpo(origin, encoding, task, half, folder / "rl-again", args.seed)
             later["rewards_again"] = evaluate(origin, encoding, task, problems)
     except KeyboardInterrupt:
-        print(f"stopped  go on with: python 07_grpo.py --resume {shlex.quote(str(folder))}")
+        print(f"stopped  go on with: python 07_grpo.py --resume {shlex.quote(folder.as_posix())}")
         raise SystemExit(130) from None
     except BadProblem:
-        again = f"python 07_grpo.py --resume {shlex.quote(str(folder))}"
+        again = f"python 07_grpo.py --resume {shlex.quote(folder.as_posix())}"
         print(f"stopped  once it is mended: {again}")
         raise
     if args.quick:
@@ -1409,6 +1408,8 @@ def report(before, after, ceiling, metrics, recipe: Recipe) -> None:
 
 
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a character of a text
+        sys.stdout.reconfigure(errors="replace")
     args = arguments()
     try:
         lesson(args)

@@ -40,7 +40,6 @@ Run:  python 08_checkpoints.py [FOLDER [--save NEW]]     a chat with what is in 
 import argparse
 import base64
 import codecs
-import contextlib
 import copy
 import json
 import math
@@ -291,7 +290,7 @@ def load_released(
 
     One file, or shards; a weight and its scale may be in different ones. Names, shapes and types
     are compared before a weight is read, and then there is one tensor in memory beside the model
-    (and FP8's scales: 0.17 GB of V3's 641). dtype: of the weights; None: that of the file's head,
+    (and FP8's scales: 0.15 GiB of V3's 641). dtype: of the weights; None: that of the file's head,
     bf16 for FP8.
     keep_fp8: linear layers and experts, all but kv_b_proj, keep their codes and multiply in FP8: a
     byte a weight, for inference.
@@ -1237,9 +1236,7 @@ def anatomy(layout: dict[str, tuple], out: Path) -> None:
 
 
 def draw(released: dict[str, float], plain: dict[str, float], out: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook hands down its own, which may be missing here
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 3.2), layout="constrained")
@@ -1262,8 +1259,9 @@ def draw(released: dict[str, float], plain: dict[str, float], out: Path) -> None
 
 
 # %% Exercises -------------------------------------------------------------------------------
-# 1. Break it: read `weight_scale_inv` as what its name says, a divisor. Which line tells? By how
-#    much is the loss off, and why would a test of shapes never notice?
+# 1. Break it: read `weight_scale_inv` as what its name says, a divisor. Which lines tell? By how
+#    much are the logits off, why does the loss of so untrained a model not say so, and why would a
+#    test of shapes never notice?
 # 2. Turn the scales round on the way out, (K/128, N/128). Which weights give it away by their shape
 #    and which do not? Write a model in which none does.
 # 3. Chat with runs/nano/checkpoint at --temperature 0, with the MTP drafts and with --no-mtp. The
@@ -1291,16 +1289,20 @@ def arguments() -> argparse.Namespace:
     )
     add("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
-    if any(p.exists() and not p.is_dir() for p in (args.out, *args.out.parents)):
-        cli.error(f"--out {args.out} is a file, or in one: want a folder")
     if not 0 <= args.seed < 2**63:
         cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")
     try:
         base.mtp.validate_drawing(args.temperature, args.top_p)
     except ValueError as error:
         cli.error(f"--temperature, --top-p: {error}")
-    if args.folder is None and (args.save or args.fp8 or args.compile):
-        cli.error("--save, --fp8 and --compile want a FOLDER")
+    if args.folder is None:
+        if args.save or args.fp8 or args.compile:
+            cli.error("--save, --fp8 and --compile want a FOLDER")
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.out).close()
+        except OSError as error:
+            cli.error(f"--out {args.out}: {error.strerror}; want a folder that can be written to")
     if args.compile and (args.save or args.fp8):
         cli.error("--compile is for a chat, and not for weights kept in FP8")
     kind = args.device.split(":")[0]
@@ -1342,7 +1344,7 @@ def converse(args: argparse.Namespace) -> None:
         compile_decoding(model)
     drawing = {"temperature": args.temperature, "top_p": args.top_p}
     drawing["generator"] = torch.Generator(args.device).manual_seed(args.seed)
-    lines = prompted() if sys.stdin.isatty() else sys.stdin
+    lines = prompted() if sys.stdin and sys.stdin.isatty() else sys.stdin or ()
     drafts = False if args.no_mtp or args.compile and on_cpu else None
     chat(model, encoding, lines, template, args.system, most, drafts, ends, **drawing)
 
@@ -1357,9 +1359,9 @@ def prompted() -> Iterator[str]:
 
 
 def main() -> None:
-    args = arguments()
-    with contextlib.suppress(AttributeError):  # of a model's text a terminal may lack a character
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a character of a text
         sys.stdout.reconfigure(errors="replace")
+    args = arguments()
     if args.folder is not None:
         try:
             return converse(args)

@@ -33,7 +33,9 @@ Run:  python 09_cost.py [--preset v3 | --config config.json]        10 s on two 
 
 import argparse
 import math
+import os
 import statistics
+import sys
 import time
 from dataclasses import replace
 from importlib import import_module
@@ -288,6 +290,12 @@ def verify_bytes() -> None:
         exactly(f"{name}'s: {want:,} B [6]", layers * 2 * heads * 128 * 2, want)
 
 
+def mtp_flops_per_token() -> float:
+    """What training V3's MTP module adds: its products and those of the head, not its attention."""
+    head = count_parameters(base.V3)["head"][1]
+    return 6 * (total(count_parameters(base.V3, mtp=True), 1) + head)
+
+
 def verify_hours() -> None:
     """[1] table 1 and [3]; and the rate at which V3 was trained, in FLOP/s of a GPU."""
     exactly("2.664 + 0.119 + 0.005 = 2.788 M hours [1]", sum(HOURS.values()) / 1e6, 2.788, 1e-9)
@@ -307,8 +315,7 @@ def verify_hours() -> None:
     whole = rate / GPUS["h800"].bf16 / (1 - share)
     text = f"with attention, {100 * share:.0f} % of the FLOPs at 4k   derived"
     measure("mfu_with_attention", whole, text)
-    head = count_parameters(base.V3)["head"][1]
-    mtp = 6 * (total(count_parameters(base.V3, mtp=True), 1) + head) / sum(flops.values())
+    mtp = mtp_flops_per_token() / sum(flops.values())
     text = f"and with the MTP module's products, {100 * mtp:.1f} % more   derived"
     measure("mfu_with_mtp", whole * (1 + mtp), text)
 
@@ -366,9 +373,10 @@ def why(out: Path) -> None:
         factor = "" if before is None else f", 1/{before.millions / step.millions:.1f}"
         text = f"M$   {step.hours / 1e6:.3g} M hours at ${step.price:.2f}{factor}   {step.kind}"
         measure(f"waterfall_{name}", step.millions, text)
-    used = total(count_parameters(base.V3), 1, ("embedding",))
-    ideal = 6 * used * TOKENS / (DENSE_RATE * 3600)
-    measure("hours_at_dense_rate", ideal / 1e6, "M: what 37B would take at 400 TFLOP/s; V3: 2.664")
+    flops = sum(flops_per_token(base.V3, 4096).values()) + mtp_flops_per_token()
+    ideal = flops * TOKENS / (DENSE_RATE * 3600)
+    text = "M: V3's FLOPs, attention and MTP counted, at Llama's rate; it took 2.664   derived"
+    measure("hours_at_dense_rate", ideal / 1e6, text)
     for limited in True, False:
         sent = dispatch_bytes_per_token(base.V3, limited=limited)
         text = f"KB between nodes a token, {nodes_reached(base.V3, limited=limited):.2f} of 8 nodes"
@@ -385,9 +393,7 @@ def why(out: Path) -> None:
 
 
 def draw_waterfall(steps: list[Step], out: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook hands down its own, which may be missing here
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(10, 4.8), layout="constrained")
@@ -437,9 +443,7 @@ def decode_rates(context: int) -> dict[str, float]:
 
 
 def decode(out: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook hands down its own, which may be missing here
     from matplotlib import pyplot as plt
 
     contexts = [2**i for i in range(11, 18)]
@@ -536,7 +540,8 @@ def describe(
 
 # %% Exercises -------------------------------------------------------------------------------
 # 1. V3 at Llama 3's 41 %: what does --preset v3 --mfu 0.41 say? So what did the mixture cost, and
-#    what would one of 16 of 512 experts of half the width cost in bytes sent?
+#    (MTP, 4 % of the FLOPs, is not in it), and what would one of 16 of 512 experts of half the
+#    width cost in bytes sent?
 # 2. At which context does attention take half of a training token's FLOPs? And of a decoded one's?
 # 3. The rent is $5.576M. Add what is not in it: 2,048 GPUs at $30,000, a year of 150 people. Which
 #    of the three numbers would you quote, to whom?
@@ -580,6 +585,8 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a character of a text
+        sys.stdout.reconfigure(errors="replace")
     args = arguments()
     if args.config:
         return describe(args.config, args.context, args.tokens, args.mfu, args.gpu, args.price)

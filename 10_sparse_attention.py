@@ -40,6 +40,9 @@ Run:  python 10_sparse_attention.py [--bench]          40 s on two CPU cores, 45
 import argparse
 import itertools
 import math
+import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -80,7 +83,8 @@ def layer_reference(layer: "SparseLatentAttention", x: Tensor) -> Tensor:
     scores = scores_reference(index_q[0], w[0], layer.indexer.keys(x[None], cos, sin)[0])
     out = []
     for t in range(T):
-        best = scores[t, : t + 1].argsort(descending=True)[: layer.index_topk].tolist()
+        ranked = scores[t, : t + 1].argsort(descending=True, stable=True)
+        best = ranked[: layer.index_topk].tolist()
         heads = []
         for h, up in enumerate(layer.kv_b_proj.weight.view(layer.heads, -1, L)):
             logits = torch.stack([
@@ -158,9 +162,16 @@ def index_scores(q: Tensor, w: Tensor, k: Tensor) -> Tensor:
     return torch.cat(scores, 1)
 
 
+def ranked(scores: Tensor, seen: Tensor) -> Tensor:
+    """Scores (B, T, S) for topk: unseen slots last, and of those at 0 the earliest first. ReLU makes
+    many with few heads, and topk would choose among equals by S. All others stay as they are."""
+    place = torch.arange(scores.shape[-1], device=scores.device, dtype=scores.dtype)
+    return (scores - torch.finfo(torch.float32).tiny * place).masked_fill(~seen, -math.inf)
+
+
 def highest(scores: Tensor, seen: Tensor, count: int) -> Tensor:
     """Of what each query may see, the `count` slots that it scores highest: (B, T, S) bool."""
-    best = scores.masked_fill(~seen, -math.inf).topk(min(count, scores.shape[-1])).indices
+    best = ranked(scores, seen).topk(min(count, scores.shape[-1])).indices
     return torch.zeros_like(seen).scatter(-1, best, True) & seen
 
 
@@ -290,8 +301,8 @@ class SparseLatentAttention(mla.MultiHeadLatentAttention):
         parts = (q_nope, 2), (q_rope, 2), (index_q, 2), (w, 1), (ends, 1)
         pieces = (part.split(count, axis) for part, axis in parts)
         for nope, rope, index_rows, w_rows, end in zip(*pieces, strict=True):
-            unseen = torch.arange(S, device=device) >= end[..., None]  # (B, some of T, S)
-            scores = index_scores(index_rows, w_rows, index_keys).masked_fill(unseen, -math.inf)
+            seen = torch.arange(S, device=device) < end[..., None]  # (B, some of T, S)
+            scores = ranked(index_scores(index_rows, w_rows, index_keys), seen)
             best = scores.topk(K).indices.flatten(1)  # of each query the unseen last
             place = (row, best) if pages is None else (pages[row, best // size], best % size)
             own = entries[place].view(-1, K, entries.shape[-1])  # (B · some of T, K, L + R)
@@ -362,7 +373,7 @@ class SparseDeepSeek(base.DeepSeek):
     def from_dense(
         cls, model: base.DeepSeek, index_n_heads: int, index_head_dim: int, index_topk: int
     ) -> "SparseDeepSeek":
-        """A copy of a V3, as V3.2 began: its weights, and indexers that have learnt nothing.
+        """A copy of a V3, as V3.2 began from V3.1: its weights, indexers that have learnt nothing.
 
         ValueError: it has indexers already, or keeps FP8 codes (08).
         """
@@ -600,9 +611,7 @@ def decode(device: torch.device, contexts: list[int], rounds: int) -> dict[str, 
 
 
 def draw(right: dict, sizes: list[int], ms: dict, contexts: list[int], out: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook hands down its own, which may be missing here
     from matplotlib import pyplot as plt
 
     figure, (left, axes) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
@@ -647,10 +656,13 @@ def arguments() -> argparse.Namespace:
     cli.add_argument("--bench", action="store_true", help="decode to 128k tokens, not 32k")
     cli.add_argument("--out", type=Path, default="runs", help="folder of the figure (%(default)s/)")
     args = cli.parse_args()
-    if any(p.exists() and not p.is_dir() for p in (args.out, *args.out.parents)):
-        cli.error(f"--out {args.out} is a file, or in one: want a folder")
     if not 0 <= args.seed < 2**63:
         cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        cli.error(f"--out {args.out}: {error.strerror}; want a folder that can be written to")
     try:
         torch.zeros(1, dtype=torch.float64, device=args.device).item()  # the checks need float64
     except Exception as error:  # each backend raises a type of its own
@@ -659,6 +671,8 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a character of a text
+        sys.stdout.reconfigure(errors="replace")
     args = arguments()
     device = torch.device(args.device)
     if device.type == "cuda":

@@ -55,6 +55,8 @@ def train(job: tuple[str, int], steps: int | None, device: str, data: Path) -> f
 
 
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a character of a text
+        sys.stdout.reconfigure(errors="replace")
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     cli.add_argument("--device", default=default, help="cpu, cuda, cuda:1, … (%(default)s)")

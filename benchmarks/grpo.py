@@ -414,6 +414,8 @@ def byte_tokenizer(specials: dict[str, int]):
 
 
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a character of a text
+        sys.stdout.reconfigure(errors="replace")
     jobs_of = {
         "seeds": (seeds, report_seeds, None, 80),
         "variants": (variant, report_variants, list(VARIANTS), 80),

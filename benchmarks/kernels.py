@@ -27,6 +27,8 @@ WIDTHS = (64, 64), (128, 128), (192, 128), (256, 256)  # of queries and keys, of
 
 
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a character of a text
+        sys.stdout.reconfigure(errors="replace")
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cli.parse_args()
     if fp8.triton is None:

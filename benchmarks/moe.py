@@ -175,6 +175,8 @@ def compare(device: torch.device, bf16: bool, rounds: int) -> None:
 
 
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a character of a text
+        sys.stdout.reconfigure(errors="replace")
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     cli.add_argument("--device", default=default, help="cpu, cuda, cuda:1, … (%(default)s)")

@@ -37,6 +37,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_FIGURE = 2_000_000  # bytes: results/ lives in git
+ENV = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
 CHECK = re.compile(r"check\s+(.+?)\s+error\s+(\S+)\s+tol\s+(\S+)\s+(ok|WRONG)")
 MEASURE = re.compile(r"measure\s+([A-Za-z_]\w*)\s+(\S+)(?:\s+(.*))?")
 
@@ -108,18 +109,18 @@ def versions() -> dict:
 
 def without_machine_paths(text: str, root: Path) -> str:
     """Paths in the repository become relative; of any other absolute path little is left."""
-    for place, short in ((root, ""), (Path.home(), "~/"), (tempfile.gettempdir(), "…/")):
-        if str(place) != "/":  # a home of "/" would match every slash
-            text = text.replace(f"{place}/", short)
-    return re.sub(r"(?<![\w.~…:/])/[^\s'\"]+/([^\s'\"/]*)", r"…/\1", text)
+    home = os.path.expanduser("~")
+    for place, short in ((str(root), ""), (home, "~/"), (tempfile.gettempdir(), "…/")):
+        if place not in ("/", "~"):  # a home of "/" would match every slash
+            text = text.replace(f"{place}{os.sep}", short)
+    return re.sub(r"(?<![\w.~…:/])(?:[A-Z]:)?[\\/][^\s'\"]+[\\/]([^\s'\"\\/]*)", r"…/\1", text)
 
 
 def run_live(command: list[str], root: Path) -> tuple[int, list[str]]:
     """Exit code and stdout lines, shown as they come; stderr (progress bars) goes straight on."""
-    env = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     pipe = {"stdout": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
     lines = []
-    with subprocess.Popen(command, cwd=root, env=env, **pipe) as process:
+    with subprocess.Popen(command, cwd=root, env=ENV, **pipe) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             lines.append(line)
@@ -129,7 +130,8 @@ def run_live(command: list[str], root: Path) -> tuple[int, list[str]]:
 def knows(flag: str, command: list[str], root: Path) -> bool:
     if flag not in (root / command[1]).read_text("utf-8"):
         return False  # not even asked: a script without flags would run twice
-    usage = subprocess.run([*command, "--help"], cwd=root, capture_output=True, text=True)
+    asked = [*command, "--help"]
+    usage = subprocess.run(asked, cwd=root, env=ENV, capture_output=True, encoding="utf-8")
     return re.search(rf"(?<![\w-]){flag}(?![\w-])", usage.stdout) is not None
 
 
@@ -148,7 +150,10 @@ def record_name(script: Path, flags: list[str], kind: str) -> str:
 
 def store(entry: dict, target: Path, figures: dict[str, Path]) -> None:
     """Each file appears whole (written beside, then renamed), the record after its figures."""
-    old = json.loads(target.read_text("utf-8"))["figures"] if target.exists() else []
+    try:
+        old = json.loads(target.read_text("utf-8"))["figures"]
+    except (OSError, ValueError, LookupError, TypeError):  # none, or no record of ours
+        old = []
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     for name, source in figures.items():
@@ -174,7 +179,7 @@ def record(script: str, args: list[str], root: Path = ROOT) -> Path:
     state = git_state(root)  # before the run: what it saw, not what was committed meanwhile
 
     with tempfile.TemporaryDirectory() as scratch:
-        command, out = [sys.executable, str(path), *args], root / (given.out or scratch)
+        command, out = [sys.executable, path.as_posix(), *args], root / (given.out or scratch)
         if given.device is None:  # a script that can't be told where runs on the CPU
             gpu = torch.cuda.is_available() and knows("--device", command[:2], root)
             given.device = "cuda" if gpu else "cpu"
@@ -201,7 +206,7 @@ def record(script: str, args: list[str], root: Path = ROOT) -> Path:
         parts = ["-".join(p.relative_to(out).with_suffix("").parts) for p in drawn]
         names = [f"{name}.png"] if len(drawn) == 1 else [f"{name}.{part}.png" for part in parts]
         entry = {
-            "command": without_machine_paths(shlex.join(["python", str(path), *args]), root),
+            "command": without_machine_paths(shlex.join(["python", path.as_posix(), *args]), root),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             **state,
             "exit_code": exit_code,
@@ -219,6 +224,8 @@ def record(script: str, args: list[str], root: Path = ROOT) -> Path:
 
 
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a character of a text
+        sys.stdout.reconfigure(errors="replace")
     cli = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

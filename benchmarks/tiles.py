@@ -111,15 +111,19 @@ def families(device: str) -> Iterator[Iterator[Task]]:
 
 
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a character of a text
+        sys.stdout.reconfigure(errors="replace")
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cli.parse_args()
-    if not torch.cuda.is_available() or attn.triton is None:
+    cli.add_argument("--device", default="cuda", help="cuda, cuda:1, … (%(default)s)")
+    device = torch.device(cli.parse_args().device)
+    if device.type != "cuda" or not torch.cuda.is_available() or attn.triton is None:
         cli.exit(2, "there is no GPU here, or no Triton: there is nothing to time\n")
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
-    for family in families("cuda"):
+    torch.cuda.set_device(device.index or 0)  # its timers are of the current one
+    for family in families(device):
         for name, config, shipped, run in family:
             spelt = " ".join(map(str, config))
             try:

@@ -51,6 +51,8 @@ def their_step(model, recipe, rows: Tensor, bf16: bool) -> Callable[[], float]:
 
 
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a character of a text
+        sys.stdout.reconfigure(errors="replace")
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     cli.add_argument("--device", default=default)

@@ -109,12 +109,19 @@ def test_all_256_codes_mean_what_the_cast_makes_of_them():
     for some in codes[None], codes[::3][None], codes.view(16, 16).T, codes[None, :0]:
         got = dequantize(some, torch.full((len(some), -(-some.shape[1] // 128)), 2.0))
         torch.testing.assert_close(got, 2 * some.float(), rtol=0, atol=0, equal_nan=True)
-    with torch.inference_mode():
-        fp8.e4m3_values.cache_clear()
-        dequantize(codes[None], torch.ones(1, 2))
-    layer, x = FP8Linear(8, 8), torch.randn(3, 8)  # learns, whoever filled the table
-    layer(x).sum().backward()
-    assert layer.weight.grad.isfinite().all()
+    scales, want = torch.ones(1, 2), codes[None].float()
+    with torch.device("meta"):  # a table that was made here would be of no use
+        got = dequantize(codes[None], scales)
+    torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@pytest.mark.slow  # compiles C++
+def test_compiled_codes_are_the_eager_ones():
+    """inductor's own were others where 128 does not divide K."""
+    x = torch.randn(9, 300, requires_grad=True)
+    torch.compiler.reset()
+    for mine, other in zip(torch.compile(quantize_tiles)(x), quantize_tiles(x), strict=True):
+        assert torch.equal(mine.float(), other.float()) and not mine.requires_grad
 
 
 def test_zeros_stay_zeros_and_small_numbers_survive():

@@ -95,9 +95,11 @@ def test_scores_of_bf16_are_added_in_fp32():
         assert torch.equal(chapter.index_scores(q, w, k), got)
 
 
+@pytest.mark.parametrize("heads", [16, 1])  # with one, half of all scores are 0
 @pytest.mark.parametrize("gather", [False, True])
-def test_layer_is_equations_1_and_2(gather):
-    layer, x = layer_of(), torch.randn(2, 30, 32, dtype=torch.float64)
+def test_layer_is_equations_1_and_2(gather, heads):
+    layer = layer_of(index_n_heads=heads)
+    x = torch.randn(2, 30, 32, dtype=torch.float64)
     want = torch.stack([chapter.layer_reference(layer, row) for row in x])
     with torch.no_grad():
         assert torch.allclose(layer(x, gather=gather), want, rtol=0, atol=1e-12)
