@@ -293,7 +293,8 @@ def online_softmax_attention(
         row_sum = row_sum * shrink + weights.sum(-1, keepdim=True)
         out = out * shrink + weights @ v_block
         row_max = new_max
-    return (out / row_sum).flatten(1, 2).to(q.dtype)  # (B, H, T, V)
+    # row_sum: of the largest alone 1; 0 of a row that sees nothing
+    return (out / row_sum.clamp(min=1)).flatten(1, 2).to(q.dtype)  # (B, H, T, V)
 
 
 def first_order(backward):
@@ -655,7 +656,10 @@ class _TiledAttention(torch.autograd.Function):
             scores.masked_fill_(~mask[:, :, rows], float("-inf"))
         elif causal:  # the diagonal crosses only the last t keys
             scores[..., -t:] += q.new_full((t, t), float("-inf")).triu(1)
-        return scores.softmax(-1).view(B, G, H // G * t, seen)  # sums in fp32 or wider
+        weights = scores.softmax(-1)  # sums in fp32 or wider
+        if mask is not None:  # as in SDPA, what sees nothing gets 0
+            weights.masked_fill_(~mask[:, :, rows].any(-1, keepdim=True), 0.0)
+        return weights.view(B, G, H // G * t, seen)
 
     @staticmethod
     def forward(ctx, q, k, v, causal, scale, mask, block):

@@ -166,6 +166,8 @@ def yarn_frequencies(
     plain = 1.0 / theta ** (2 * pair / dim)
     if factor == 1:
         return plain
+    if theta <= 1:
+        raise ValueError(f"YaRN counts the turns of each pair: want theta > 1, got {theta}")
     context = original_max_position_embeddings
 
     def pair_that_turns(times: float) -> float:  # context · theta^(−2p/dim) = 2π · times
@@ -955,6 +957,9 @@ class MultiHeadLatentAttention(nn.Module):
             raise ValueError(f"rope_scaling: unknown {', '.join(sorted(yarn.keys() - known))}")
         if rope_scaling and "factor" not in yarn:
             raise ValueError(f"rope_scaling has no factor: {rope_scaling}")
+        for name, value in {"mscale": mscale, "mscale_all_dim": all_dim, **yarn}.items():
+            if not isinstance(value, int | float) or value < 0 or name in known and value == 0:
+                raise ValueError(f"rope_scaling: {name} must be a number > 0, got {value!r}")
         self.rope = {"dim": R, "theta": rope_theta, **yarn}
         # A plain attribute: .to(bfloat16) would round a buffer, a meta device would empty it.
         self.frequencies = yarn_frequencies(**self.rope)  # (R/2,)

@@ -875,7 +875,7 @@ def fp8_grouped_gemm(x: Tensor, weight: Tensor, sizes: Tensor, power_of_two=Fals
     sizes sum to M is checked on a CPU; a GPU would have to be waited for.
     """
     shapes = len(sizes) == len(weight) and x.dim() == 2 and x.shape[-1] == weight.shape[-1]
-    if not shapes or not sizes.is_cuda and sizes.sum() != len(x):
+    if not shapes or not sizes.is_cuda and (sizes.sum() != len(x) or (sizes < 0).any()):
         got = f"{tuple(x.shape)}, {tuple(weight.shape)}, sizes {tuple(sizes.shape)}"
         got += "" if sizes.is_cuda else f" summing to {sizes.sum()}"
         raise ValueError(f"want (M, A), (E, B, A), (E,) summing to M; got {got}")

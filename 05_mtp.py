@@ -187,8 +187,12 @@ def padded_prompts(
 
 
 def ends_of(eos_token_id: int | list[int] | None) -> set:
-    """The tokens that end a text, of one, of several, or of none."""
-    return set(eos_token_id) if isinstance(eos_token_id, list) else {eos_token_id}
+    """The tokens that end a text: one, several, or None. TypeError: anything else."""
+    several = isinstance(eos_token_id, list | tuple | set)
+    ends = eos_token_id if several else [eos_token_id]
+    if not all(end is None or hasattr(end, "__index__") for end in ends):
+        raise TypeError(f"want the id of a token, or a list of such, got {eos_token_id!r}")
+    return {None if end is None else int(end) for end in ends}
 
 
 def probabilities(logits: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:

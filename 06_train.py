@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch>=2.11,<=2.13", "numpy>=1.26", "tiktoken>=0.8", "regex>=2024.5", "matplotlib>=3.8",
-#   "safetensors>=0.4.5", "tqdm>=4.66",
+#   "safetensors>=0.4.5", "tqdm>=4.66", "filelock>=3.12",
 # ]
 # ///
 r"""06 · Training: the tested pieces become a whole DeepSeek-V3, and five minutes teach it Python.
@@ -76,6 +76,7 @@ import regex
 import tiktoken
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -151,8 +152,14 @@ class DeepSeekConfig:
                     raise ValueError(f"{field.name} must be an int >= {least}, got {value!r}")
             if field.type is bool and not isinstance(value, bool):
                 raise ValueError(f"{field.name} must be true or false, got {value!r}")
-            if field.type is float and not (isinstance(value, (int, float)) and value > 0):
+            if field.type is float and not (
+                isinstance(value, (int, float)) and 0 < value < math.inf
+            ):
                 raise ValueError(f"{field.name} must be a number > 0, got {value!r}")
+        if self.rope_scaling is not None:
+            if not isinstance(self.rope_scaling, dict):
+                raise ValueError(f"rope_scaling must be an object or null: {self.rope_scaling!r}")
+            object.__setattr__(self, "rope_scaling", dict(self.rope_scaling))  # no one else's
         if self.first_k_dense_replace > self.num_hidden_layers:
             raise ValueError(
                 f"first_k_dense_replace {self.first_k_dense_replace} is more than "
@@ -201,7 +208,8 @@ class DeepSeekConfig:
         return cls(**{key: value for key, value in raw.items() if key in known})
 
     def to_dict(self) -> dict:
-        """What goes into config.json, so that transformers builds the same model."""
+        """What goes into config.json, so that transformers builds the same model: a released kind.
+        Its V2 is always softmax, not renormalised, and interleaved, and its V3 always sigmoid."""
         version = 3 if self.topk_method == "noaux_tc" else 2
         return {
             "architectures": [f"DeepseekV{version}ForCausalLM"],
@@ -330,8 +338,9 @@ class DeepSeek(nn.Module):
     """DeepSeek-V3 (or V2) of any size: tokens (B, T) int64 -> logits (B, T, vocab_size).
 
     Its MTP modules (num_nextn_predict_layers) train it and draft for it; its logits are the same
-    without them. precision "fp8": the products of MLA, FFN and experts are those of chapter 04, but
-    kv_b_proj's, which the absorbed form splits by head. ValueError: any other but "bf16".
+    without them. Losses read lm_head.weight itself: not an adapter, a bias or a hook there.
+    precision "fp8": the products of MLA, FFN and experts are those of chapter 04, but kv_b_proj's,
+    which the absorbed form splits by head. ValueError: any other but "bf16".
     """
 
     Config, Block = DeepSeekConfig, Block
@@ -464,10 +473,12 @@ class DeepSeek(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, each whole beside the old one, then renamed."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {n: t.detach().cpu().contiguous() for n, t in released_tensors(self).items()}
         if any(t.dtype == torch.float8_e4m3fn for t in tensors.values()):
             raise ValueError("the model keeps FP8 codes: save_released (08) writes these")
+        if self.lm_head.weight is self.model.embed_tokens.weight:  # tied: a file holds both
+            tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
+        folder.mkdir(parents=True, exist_ok=True)
         for layer in range(len(self.mtp)):
             prefix = f"model.layers.{self.config.num_hidden_layers + layer}."
             shared = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
@@ -537,6 +548,7 @@ def released_tensors(model: DeepSeek) -> dict[str, Tensor]:
     """The weights under their released names, without SHARED; views, not copies."""
     found = {}
     for name, tensor in model.state_dict().items():
+        name = name.replace("._orig_mod", "")  # of a block that is compiled
         if name.startswith("mtp."):
             _, depth, rest = name.split(".", 2)
             layer = model.config.num_hidden_layers + int(depth)
@@ -709,7 +721,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> list[bytes]:
 
     Again and again the most frequent pair of neighbours becomes a token; of equals, the one with
     the smaller ids. Only words that hold the pair are touched; a heap knows which pair leads.
+    ValueError: vocab_size below the 256 bytes.
     """
+    if vocab_size < 256:
+        raise ValueError(f"want vocab_size of 256 bytes or more, got {vocab_size}")
     chunks = Counter()
     for text in texts:
         chunks.update(regex.findall(CHUNKS, text))
@@ -839,16 +854,19 @@ def read_documents(source: Path | None, packages: bool = False) -> list[bytes]:
     if source is None:
         files = library_files(packages)
     elif source.is_dir():
-        files = sorted(p for p in source.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-        files = [p for p in files if not (p.parent / "run.json").exists()]  # metrics of a run
+        files = (p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        of_a_run = lambda p: any((q / "run.json").exists() for q in p.parents[:2])  # its metrics
+        files = sorted(p for p in files if not of_a_run(p))
     elif source.is_file():
         files = [source]
     else:
         raise ValueError(f"--data {source}: no such file or folder")
     documents = []
     for file in files:
-        raw = file.read_bytes()
-        documents += [raw] if file.suffix != ".jsonl" else jsonl_texts(file, raw)
+        raw, kind = file.read_bytes(), file.suffix.lower()
+        if kind not in SUFFIXES and b"\0" in raw:  # packed, or UTF-16
+            raise ValueError(f"--data {file}: no UTF-8 text, there are zero bytes in it")
+        documents += [raw] if kind != ".jsonl" else jsonl_texts(file, raw)
     once = lambda documents: list(dict.fromkeys(d for d in documents if d))  # in their order
     documents = once(documents)
     total = sum(map(len, documents))
@@ -857,7 +875,8 @@ def read_documents(source: Path | None, packages: bool = False) -> list[bytes]:
         documents = once(itertools.chain.from_iterable(pieces))
     if len(documents) < 2:
         kinds = ", ".join(sorted(SUFFIXES))
-        raise ValueError(f"--data {source}: no text to train on (want {kinds}, over 4 KB in all)")
+        want = f"want {kinds}, over 4 KB in all without what is repeated"
+        raise ValueError(f"--data {source}: no text to train on ({want})")
     return documents
 
 
@@ -866,7 +885,7 @@ def jsonl_texts(file: Path, raw: bytes) -> Iterator[bytes]:
         if not line.strip():
             continue
         try:
-            yield json.loads(line)["text"].encode()
+            yield json.loads(line)["text"].encode("utf-8", "replace")  # half a surrogate pair
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f'{file}, line {number}: want {{"text": "…"}}') from None
 
@@ -912,16 +931,21 @@ def intact(folder: Path) -> bool:
         return False
 
 
+def digest_of(documents: list[bytes], vocabulary: int | str) -> str:
+    """The name of the folder of their tokens."""
+    digest = hashlib.sha256(f"{vocabulary} {CHUNKS} {HELD_OUT_SHARE} {HELD_OUT_LIMIT}".encode())
+    for document in documents:
+        digest.update(hashlib.sha256(document).digest())
+    return f"data-{digest.hexdigest()[:12]}"
+
+
 def prepare(documents: list[bytes], vocabulary: int | str, cache: Path) -> Corpus:
     """Tokenizer, token files and compressors' results, kept under `cache` for the same documents.
 
     vocabulary: the size of a tokenizer trained here on the training part, or the name of one of
     tiktoken's encodings (its vocabulary is fetched from the network by tiktoken, if not cached).
     """
-    digest = hashlib.sha256(f"{vocabulary} {CHUNKS} {HELD_OUT_SHARE} {HELD_OUT_LIMIT}".encode())
-    for document in documents:
-        digest.update(hashlib.sha256(document).digest())
-    folder = cache / f"data-{digest.hexdigest()[:12]}"
+    folder = cache / digest_of(documents, vocabulary)
     train, held_out = split_documents(documents)
     if not intact(folder):
         rivals = in_background(compressors, b"".join(train), b"".join(held_out))
@@ -952,6 +976,18 @@ def write_tokens(encoding: tiktoken.Encoding, documents: list[bytes], path: Path
     with path.open("wb") as file:
         for document in documents:
             np.array([end, *encode_bytes(encoding, document)], token_dtype(encoding)).tofile(file)
+
+
+def spelled(encoding: tiktoken.Encoding, tokens: Iterable[int]) -> str:
+    """Their text; an id that a named encoding gives to no token is U+FFFD."""
+
+    def one(token: int) -> bytes:
+        try:
+            return encoding.decode_single_token_bytes(token)
+        except KeyError:
+            return "\ufffd".encode()
+
+    return b"".join(map(one, tokens)).decode("utf-8", "replace")
 
 
 def named_encoding(name: str) -> tiktoken.Encoding:
@@ -1047,6 +1083,8 @@ def training_step(
     is no number), mean MTP loss, weighted, loads (layers, E), those of the MTP modules last: all of
     them over all processes."""
     device, mixtures = model.lm_head.weight.device, model.mixtures() + model.mtp_mixtures()
+    if not model.training:  # its mixtures would count no load
+        raise ValueError("want a model in training: model.train()")
     losses, loads = 0.0, 0
     for part in rows:
         part = part.to(device, non_blocking=True)
@@ -1146,8 +1184,12 @@ def evaluate(model: DeepSeek, tokens: np.ndarray, context: int, stride: int):
     """Σ −ln p of tokens[1:], each predicted once, and the load (layers, E) it put on the experts.
 
     Windows of `context` tokens, `stride` apart: every token, but for those at the very beginning of
-    the text, is predicted from at least context − stride tokens before it.
+    the text, is predicted from at least context − stride tokens before it. ValueError: a stride
+    that leaves some out, or nothing to predict.
     """
+    if not 0 < stride <= context or len(tokens) < 2:
+        got = f"{stride}, {context} and {len(tokens)} tokens"
+        raise ValueError(f"want 0 < stride <= context and 2 tokens or more, got {got}")
     training = model.training
     model.eval()
     device, nats, loads = model.lm_head.weight.device, 0.0, 0
@@ -1170,6 +1212,12 @@ def evaluate(model: DeepSeek, tokens: np.ndarray, context: int, stride: int):
     return nats, loads
 
 
+def checkpoint_of(folder: Path) -> Path:
+    """Of the folder of a run, of this chapter or of 07; any other folder is one itself."""
+    names = "checkpoint", "checkpoint.old", "rl/checkpoint"  # .old: killed between renames
+    return next((folder / name for name in names if (folder / name).exists()), folder)
+
+
 class Run:
     """The folder of one training run: run.json, metrics.jsonl, checkpoint/, curves.png."""
 
@@ -1183,7 +1231,10 @@ class Run:
     def metrics(self) -> list[dict]:
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # else cut by a kill
+        try:
+            return [json.loads(line) for line in lines if line.endswith("\n")]  # else cut by a kill
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
 
     def saved(self) -> bool:
         return self.checkpoint.exists() or (self.folder / "checkpoint.old").exists()
@@ -1258,14 +1309,27 @@ class Run:
 
 
 @contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """ValueError while another process trains there: each would undo what the other saves."""
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(f"{folder}: another process is training there") from None
+
+
+@contextlib.contextmanager
 def interrupts() -> Iterator[list]:
-    """A list that Ctrl-C and SIGTERM (a cluster's) fill, so that no step is cut in two; a second
-    one kills as ever."""
-    seen, before = [], {}
+    """A list that Ctrl-C and SIGTERM (a cluster's) fill, so that no step is cut in two. One a
+    second later kills as ever; at once the same may come from a shell and from torchrun."""
+    seen, before, times = [], {}, []
 
     def note(number, frame):
         seen.append(number)
-        signal.signal(number, before[number])
+        times.append(time.monotonic())
+        if times[-1] > times[0] + 1:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     for number in signal.SIGINT, signal.SIGTERM:
         if signal.getsignal(number) is signal.SIG_IGN:  # as a shell's & may ask for
@@ -1411,7 +1475,8 @@ def over_ranks(value, how: str):
 
 
 def shard(model: DeepSeek) -> None:
-    """In place; all processes must hold the same weights. One alone stays as it is."""
+    """In place; all processes must hold the same weights. One alone stays as it is. What is sharded
+    trains and is evaluated, and `gathered` gives the model that generates."""
     ranks = rank_and_size()[1]
     if ranks == 1:
         return
@@ -1512,8 +1577,7 @@ def report(model: DeepSeek, corpus: Corpus, recipe: Recipe, run: Run, trained: d
     end = model.config.eos_token_id
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(0)
     [written] = model.generate([tokens], 120, 0.7, 0.95, end, generator)
-    with contextlib.suppress(KeyError):  # an id that a named encoding gives to no token
-        print(f"sample   (T = 0.7, top-p 0.95)\n{prompt}{corpus.encoding.decode(written)}")
+    print(f"sample   (T = 0.7, top-p 0.95)\n{prompt}{spelled(corpus.encoding, written)}")
 
 
 def report_drafts(model: DeepSeek, corpus: Corpus, count: int = 64, length: int = 64) -> None:
@@ -1627,7 +1691,7 @@ def bench(model: DeepSeek, recipe: Recipe, seed: int) -> None:
 # %% Main ------------------------------------------------------------------------------------
 
 
-KEPT = "preset", "data", "encoding", "steps", "minutes", "precision", "quick", "seed", "out"
+KEPT = "preset", "encoding", "steps", "minutes", "precision", "quick", "seed", "out"
 
 
 def arguments() -> argparse.Namespace:
@@ -1723,9 +1787,10 @@ def lesson(args: argparse.Namespace) -> None:
             args.seed, args.minutes, digest = (entry[k] for k in ("seed", "minutes", "data_digest"))
             packages, vocabulary = entry["packages"], entry["vocabulary"]
             args.precision = entry.get("precision", "bf16")  # runs older than the flag have none
-            args.data = None if entry["data"] is None else args.resume.resolve() / entry["data"]
+            if entry["data"] and not args.data:  # it may have moved
+                args.data = args.resume.resolve() / entry["data"]
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"--resume {args.resume} is no folder of a run: {error!r}") from None
+            raise ValueError(f"{args.resume} is no folder of a run of 06: {error!r}") from None
         args.out = args.resume.resolve().parent  # the tokens lie there
     elif args.steps:
         recipe = replace(recipe, steps=args.steps)
@@ -1745,9 +1810,10 @@ def lesson(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     with first_rank_first():
         documents = read_documents(args.data, packages)
+        if args.resume and digest != digest_of(documents, vocabulary):
+            where = args.data or "the library"
+            raise ValueError(f"{args.resume} was trained on other text than {where} holds now")
         corpus = prepare(documents, vocabulary, args.out)
-    if args.resume and digest != corpus.folder.name:
-        raise ValueError(f"{args.resume} was trained on other text: {digest}")
     next(batches(corpus.train, recipe, args.seed, 0))  # raises if the text is too short
     config = replace(
         config,
@@ -1769,19 +1835,21 @@ def lesson(args: argparse.Namespace) -> None:
     if args.precision == "fp8":
         emulated = "emulated, E4M3 numbers multiplied in fp32: slower than bf16"
         print(f"fp8      {'by kernels' if fp8.has_kernels(rows) else emulated}")
+    first = not rank_and_size()[0]
     try:
-        trained = train(
-            model, corpus, recipe, run.folder, args.seed, args.minutes, bool(args.resume)
-        )
+        with alone(run.folder) if first else contextlib.nullcontext():
+            trained = train(
+                model, corpus, recipe, run.folder, args.seed, args.minutes, bool(args.resume)
+            )
     except KeyboardInterrupt:
-        folder = shlex.quote(run.folder.as_posix())
-        print(f"stopped  go on with: python 06_train.py --resume {folder}")
+        script, folder = (shlex.quote(Path(p).as_posix()) for p in (sys.argv[0], run.folder))
+        print(f"stopped  go on with: python {script} --resume {folder}")
         raise SystemExit(130) from None
     if args.quick:
         print("quick    the numbers below are those of a model that has learnt nothing yet:")
         print("         its greedy text repeats itself, which is easy to draft")
     model = gathered(model)
-    if not rank_and_size()[0]:
+    if first:
         report(model.to(device), corpus, recipe, run, trained)
 
 

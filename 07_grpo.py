@@ -39,6 +39,7 @@ Run:  python 07_grpo.py [--quick | --bench | --resume RUN]          3 to 4 minut
 import argparse
 import contextlib
 import copy
+import hashlib
 import itertools
 import json
 import math
@@ -110,7 +111,8 @@ def group_advantages(rewards: Tensor, normalize: str = "std") -> Tensor:
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     centred = rewards - rewards.mean(1, keepdim=True)
     spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)
-    tied = spread <= 1e-6 * rewards.abs().amax(1, keepdim=True)  # 0.1 + 0.2 and 0.3 are, too
+    rounding = 8 * torch.finfo(rewards.dtype).eps  # 0.1 + 0.2 and 0.3 are tied, too
+    tied = spread <= rounding * rewards.abs().amax(1, keepdim=True)
     scaled = centred / rewards.std(1, keepdim=True) if normalize == "std" else centred
     return torch.where(tied, 0.0, scaled)
 
@@ -192,8 +194,10 @@ def grpo_loss(
         denominator = denominators(mask, denominator)
     if denominator.shape != logp.shape[:1]:
         raise ValueError(f"want denominator ({len(logp)},), got {tuple(denominator.shape)}")
-    # what isn't drawn may hold anything, and 0 · inf is NaN: it is replaced and not multiplied
-    ratio = torch.where(mask, logp - old_logp.detach(), 0.0).exp()  # (B, T)
+    # what isn't drawn may hold anything, and 0 · inf is NaN: it is replaced and not multiplied; so
+    # is the gradient of a ratio that overflowed and was clipped, which none may
+    largest = 5.0 if logp.dtype == torch.float16 else 40.0
+    ratio = torch.where(mask, logp - old_logp.detach(), 0.0).clamp(max=largest).exp()  # (B, T)
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     per_token = torch.minimum(ratio * advantages, clipped * advantages)
     if beta:
@@ -284,8 +288,9 @@ def rollout(
     tokens = torch.zeros(B, room, dtype=torch.int64, device=device)
     tokens[:, : padded.shape[1]] = padded[rows]
     mask = torch.zeros(B, room - 1, dtype=torch.bool, device=device)
-    logp = torch.zeros(B, room - 1, device=device)
+    logp = torch.zeros(B, room - 1, dtype=torch.float32, device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
+    ends = torch.tensor(sorted(mtp.ends_of(eos_token_id) - {None}), device=device)
     if record_routes and not model.mixtures():
         raise ValueError("there are no routes to record: the model has no mixture of experts")
     if record_routes:
@@ -306,8 +311,9 @@ def rollout(
             now, at = active[live], place[active[live]]
             tokens[now, at], logp[now, at - 1], mask[now, at - 1] = chosen[live], said[live], True
             place[now] += 1
-            ended[active] |= chosen == eos_token_id  # of a row that has ended, it has
-            live = live & (chosen != eos_token_id)
+            over = torch.isin(chosen, ends)
+            ended[active] |= over  # of a row that has ended, it has
+            live = live & ~over
             going = int(live.sum())
             if going == 0 or step == max_new_tokens - 1:
                 break
@@ -320,6 +326,8 @@ def rollout(
             states = model.hidden(chosen[:, None], caches)[:, 0]
             if record_routes:
                 routes[active, place[active] - 1] = torch.stack(seen, 1)
+    if not logp.isfinite().all():
+        raise ValueError("the model's logits are no numbers any more: nothing can be drawn")
     T = int(place.max())
     routes = routes[:, :T] if record_routes else None
     drawing = temperature, top_p
@@ -351,13 +359,14 @@ def score(
 ) -> Tensor:  # fmt: skip
     """ln π of tokens[:, 1:] where mask is True, else 0; tokens: (B, T), mask: (B, T − 1).
 
-    One pass over the whole of each row, as training has it. routes: of a Rollout, to follow them.
+    One pass over the whole of each row, as training has it. routes: of a Rollout, to follow them;
+    not with activation checkpointing, whose second pass, in backward, would choose its own.
     """
     with replayed_routes(model, None if routes is None else routes[:, :-1]):
         hidden = model.hidden(tokens[:, :-1])[mask]  # (drawn, D)
     all_logp = (model.head(hidden).float() / temperature).log_softmax(-1)  # (drawn, V)
     drawn = all_logp.gather(1, tokens[:, 1:][mask][:, None])[:, 0]
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, drawn)
+    return drawn.new_zeros(mask.shape).masked_scatter(mask, drawn)
 
 
 # %% 4. Tasks and rewards ---------------------------------------------------------------------
@@ -632,7 +641,8 @@ def byte_encoding() -> tiktoken.Encoding:
 
 def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:
     """Tags are tokens of their own where the vocabulary has them."""
-    return encoding.encode(text, allowed_special=encoding.special_tokens_set - {base.END})
+    allowed = encoding.special_tokens_set - {base.END}
+    return encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
 
 def encode_prompt(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
@@ -657,7 +667,7 @@ def encode_prompts(
 
 def decode_answers(encoding: tiktoken.Encoding, sampled: Rollout) -> list[str]:
     end = encoding.encode_single_token(base.END)
-    return [encoding.decode([t for t in row if t != end]) for row in sampled.answers()]
+    return [base.spelled(encoding, (t for t in row if t != end)) for row in sampled.answers()]
 
 
 # %% 6. Training: by examples, then by rewards -------------------------------------------------
@@ -748,12 +758,17 @@ def run_stage(
     """
     folder.mkdir(parents=True, exist_ok=True)
     run, state = base.Run(folder), {"step": 0, "seconds": 0.0}
-    if run.saved():
-        state = run.restore(model, optimizer)
-    run.forget_after(state["step"])
     save = lambda: run.save(model, optimizer, encoding, state)
-    show = {"total": steps, "initial": state["step"], "unit": "step", "dynamic_ncols": True}
-    with tqdm(desc=folder.name, **show) as bar, base.interrupts() as interrupted:
+    show = {"total": steps, "unit": "step", "dynamic_ncols": True, "disable": not sys.stderr}
+    with (
+        base.alone(folder),
+        tqdm(desc=folder.name, **show) as bar,
+        base.interrupts() as interrupted,
+    ):
+        if run.saved():
+            state = run.restore(model, optimizer)
+        run.forget_after(state["step"])
+        bar.initial = bar.n = state["step"]
         while state["step"] < steps and not interrupted:
             begin = time.perf_counter()
             try:
@@ -1239,7 +1254,7 @@ def arguments() -> argparse.Namespace:
     add = cli.add_argument
     add("--task", default="clock", help="clock, countdown, FILE.jsonl, FILE.py:CLASS (%(default)s)")
     add("--preset", choices=PRESETS, default="elicit", help="beyond: a weak base (%(default)s)")
-    add("--init", type=Path, metavar="FOLDER", help="a checkpoint to reward, instead of our own")
+    add("--init", type=Path, metavar="RUN", help="reward what 06 or 07 made, instead of our own")
     add("--steps", type=int, help=f"of GRPO, instead of {Recipe.steps}, or 300")
     add("--further", action="store_true", help="R1's next stages: own right answers, more rewards")
     add("--resume", type=Path, metavar="RUN", help="go on in the folder of a run that was stopped")
@@ -1255,7 +1270,7 @@ def arguments() -> argparse.Namespace:
         cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")
     if args.steps is not None and args.steps < 1:
         cli.error(f"--steps must be positive, got {args.steps}")
-    for name in KEPT if args.resume else ():
+    for name in set(KEPT) - {"init"} if args.resume else ():
         if getattr(args, name) != cli.get_default(name):
             cli.error(f"--{name}: a resumed run keeps what it was begun with")
     return args
@@ -1266,12 +1281,14 @@ def take_over(args: argparse.Namespace) -> None:
     try:
         entry = json.loads((args.resume / "run.json").read_text())
         entry = {"preset": "elicit", "further": False} | entry  # older than the flags
+        moved = args.init
         for key in KEPT:
             setattr(args, key, entry[key])
         PRESETS[args.preset]
+        args.init = args.init and (moved or Path(args.init))
+        args.begun_with = entry.get("weights")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"--resume {args.resume} is no folder of a run: {error!r}") from None
-    args.init = args.init and Path(args.init)
+        raise ValueError(f"{args.resume} is no folder of a run of 07: {error!r}") from None
 
 
 def begin_run(args: argparse.Namespace) -> Path:
@@ -1281,6 +1298,7 @@ def begin_run(args: argparse.Namespace) -> Path:
         "command": shlex.join(["python", "07_grpo.py", *sys.argv[1:]]),
         "commit": base.commit(),
         "init": args.init and str(args.init.resolve()),
+        "weights": args.init and weights_digest(args.init),
     }
     if Path(args.task.rpartition(":")[0] or args.task).is_file():  # may be resumed from elsewhere
         entry["task"] = str(Path(args.task).resolve())
@@ -1288,13 +1306,25 @@ def begin_run(args: argparse.Namespace) -> Path:
     return folder
 
 
+def weights_digest(init: Path) -> str:
+    with (base.checkpoint_of(init) / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def begin_model(args: argparse.Namespace) -> tuple[base.DeepSeek, tiktoken.Encoding]:
     if args.init is None:
         return base.DeepSeek(TINY).to(args.device), byte_encoding()
-    inside = args.init / "checkpoint"  # of the folder of a run
-    folder = inside if inside.exists() else args.init
+    folder = base.checkpoint_of(args.init)
+    if not (folder / "encoding.json").exists():
+        raise ValueError(f"--init {args.init}: want what 06 or 07 made, with encoding.json")
+    encoding = base.load_encoding(folder / "encoding.json")
     model = base.DeepSeek.from_pretrained(folder, args.device, torch.float32, with_mtp=False)
-    return model, base.load_encoding(folder / "encoding.json")
+    end, c = encoding.encode_single_token(base.END), model.config
+    if encoding.n_vocab > c.vocab_size or end != c.eos_token_id:
+        raise ValueError(f"--init {args.init}: encoding.json is of another model")
+    if args.resume and args.begun_with not in (None, weights_digest(args.init)):
+        raise ValueError(f"--init {args.init} has been trained since {args.resume} was begun")
+    return model, encoding
 
 
 def lesson(args: argparse.Namespace) -> None:
@@ -1331,6 +1361,7 @@ def lesson(args: argparse.Namespace) -> None:
     print(f"run      {folder}   {sum(p.numel() for p in model.parameters()):,} parameters")
     look = lambda: evaluate(model, encoding, task, problems)
     ceiling, later = None, {}  # what --further finds, stage by stage
+    again = shlex.join(["python", Path(sys.argv[0]).as_posix(), "--resume", folder.as_posix()])
     try:
         examples = partial(train_examples, encoding=encoding, seed=args.seed)
         if args.init is None:
@@ -1353,10 +1384,9 @@ def lesson(args: argparse.Namespace) -> None:
             train_grpo(origin, encoding, task, half, folder / "rl-again", args.seed)
             later["rewards_again"] = evaluate(origin, encoding, task, problems)
     except KeyboardInterrupt:
-        print(f"stopped  go on with: python 07_grpo.py --resume {shlex.quote(folder.as_posix())}")
+        print(f"stopped  go on with: {again}")
         raise SystemExit(130) from None
     except BadProblem:
-        again = f"python 07_grpo.py --resume {shlex.quote(folder.as_posix())}"
         print(f"stopped  once it is mended: {again}")
         raise
     if args.quick:

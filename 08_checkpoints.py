@@ -40,7 +40,7 @@ Run:  python 08_checkpoints.py [FOLDER [--save NEW]]     a chat with what is in 
 import argparse
 import base64
 import codecs
-import copy
+import inspect
 import json
 import math
 import os
@@ -49,6 +49,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import MethodType
@@ -799,6 +801,8 @@ def parsed(template: str):
             trim_blocks=True, lstrip_blocks=True, extensions=extensions
         )
         compiled.globals["raise_exception"] = refuse
+        compiled.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        compiled.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # for no HTML page
         return compiled.from_string(template)
     except Exception as error:  # a template is a program: it may fail in any way
         raise ValueError(f"the chat template can't be parsed: {error}") from None
@@ -855,11 +859,12 @@ class Talk:
     ):  # fmt: skip
         self.model, self.encoding, self.template = model, encoding, template
         self.messages: list[dict] = []
-        names, c = special_ids(encoding), model.config
+        c = model.config
         self.ends = [c.eos_token_id] if ends is None else ends
         if encoding.max_token_value >= c.vocab_size:
             most = f"ids up to {encoding.max_token_value}, the model {c.vocab_size} rows"
             raise ValueError(f"the tokenizer is of another model: it has {most}")
+        names = special_ids(encoding, c.bos_token_id, c.eos_token_id)
         self.marks = [names.get(i, "") for i in (c.bos_token_id, c.eos_token_id)]
 
     def prompt(self, room: int) -> list[int]:
@@ -999,12 +1004,13 @@ class Replay:
 
     def __init__(self, function: Callable):
         self.function, self.recorded, self.parts = function, {}, None
+        self.signature = inspect.signature(function)
 
-    def __deepcopy__(self, memo: dict) -> "Replay":
-        return Replay(copy.deepcopy(self.function, memo))  # of the copied module, if it is a method
+    def __reduce__(self) -> tuple:  # copied or pickled: of that module, if it is a method
+        return Replay, (self.function,)
 
     def __call__(self, *arguments, **named) -> Tensor:
-        *inputs, caches = arguments = *arguments, *named.values()
+        *inputs, caches = arguments = self.signature.bind(*arguments, **named).args
         several = caches if isinstance(caches, list) else [caches]
         fits = isinstance(several[0], FixedCache) and inputs[0].shape[1] <= 2
         if not fits or torch.is_grad_enabled():
@@ -1014,6 +1020,8 @@ class Replay:
         places = (p.data_ptr() for part in self.parts for p in part.values() if p is not None)
         key = (*map(id, several), *(x.shape for x in inputs), hash(tuple(places)))
         if key not in self.recorded:  # the caches too: alive, they keep their ids
+            known = self.recorded.items()  # those of other weights won't be asked for again
+            self.recorded = {other: kept for other, kept in known if other[-1] == key[-1]}
             with torch.inference_mode(False), torch.no_grad():  # it may be kept for other modes
                 self.recorded[key] = caches, *self.record(inputs, caches, several)
         _, fixed, run, out = self.recorded[key]
@@ -1058,8 +1066,8 @@ class FixedCaches:
     def __init__(self, new_caches: Callable):
         self.new_caches, self.made = new_caches, {}
 
-    def __deepcopy__(self, memo: dict) -> "FixedCaches":
-        return FixedCaches(copy.deepcopy(self.new_caches, memo))  # of the copied model
+    def __reduce__(self) -> tuple:
+        return FixedCaches, (self.new_caches,)  # of the copied model
 
     def __call__(self, batch: int, max_tokens: int, layers: int | None = None) -> list[FixedCache]:
         room = max(256, 1 << (max_tokens - 1).bit_length())  # so that a growing talk records few
@@ -1324,7 +1332,7 @@ def converse(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.folder}: no such folder")
     if args.save:
         must_be_new(args.save)  # before 641 GiB are read
-    folder = args.folder / "checkpoint" if (args.folder / "checkpoint").exists() else args.folder
+    folder = base.checkpoint_of(args.folder)
     encoding, template, ends = load_tokenizer(folder), read_template(folder), read_ends(folder)
     if template is not None:
         parsed(template)

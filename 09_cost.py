@@ -36,6 +36,7 @@ import math
 import os
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from importlib import import_module
@@ -561,17 +562,26 @@ def arguments() -> argparse.Namespace:
     add("--device", default=default, help="of your own speed: cpu, cuda, … (%(default)s)")
     add("--out", type=Path, default="runs", help="folder of the figures (%(default)s/)")
     args = cli.parse_args()
-    if any(p.exists() and not p.is_dir() for p in (args.out, *args.out.parents)):
-        cli.error(f"--out {args.out} is a file, or in one: want a folder")
     if args.preset and args.config:
         cli.error("--preset or --config, not both")
+    if not (args.preset or args.config):
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.out).close()
+        except OSError as error:
+            cli.error(f"--out {args.out}: {error.strerror}; want a folder that can be written to")
     for name in ("tokens", "mfu", "gpu", "context") if not (args.preset or args.config) else ():
         if getattr(args, name) != cli.get_default(name):
             cli.error(f"--{name} is of one model: want --preset or --config beside it")
     try:
         training_cost(base.NANO, args.tokens, args.mfu, args.gpu, args.price, args.context)
-        # how weights are stored does not matter, only how many they are
-        make = lambda raw: Config.from_dict({**raw, "quantization_config": None})
+
+        def make(raw: dict) -> Config:
+            if "hidden_size" not in raw:  # what it lacks would be V3's
+                raise ValueError("no config of a model: it lacks hidden_size")
+            # how weights are stored does not matter, only how many they are
+            return Config.from_dict({**raw, "quantization_config": None})
+
         args.config = (
             base.read_config(args.config, make) if args.config else PRESETS.get(args.preset)
         )

@@ -163,8 +163,8 @@ def index_scores(q: Tensor, w: Tensor, k: Tensor) -> Tensor:
 
 
 def ranked(scores: Tensor, seen: Tensor) -> Tensor:
-    """Scores (B, T, S) for topk: unseen slots last, and of those at 0 the earliest first. ReLU makes
-    many with few heads, and topk would choose among equals by S. All others stay as they are."""
+    """Scores (B, T, S) for topk: unseen slots last, and of those at 0 the earliest first. With few
+    heads ReLU makes many, and among equals topk would choose by S. All others stay as they are."""
     place = torch.arange(scores.shape[-1], device=scores.device, dtype=scores.dtype)
     return (scores - torch.finfo(torch.float32).tiny * place).masked_fill(~seen, -math.inf)
 

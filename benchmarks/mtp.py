@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from unittest.mock import patch
@@ -225,7 +226,7 @@ def drafts(run: Path, device: torch.device, graphs: bool, out: Path) -> None:
     if not count:
         raise ValueError(f"{len(held_out)} tokens held out: want {width} at least")
     rows = torch.from_numpy(held_out[: count * width].astype(np.int64)).view(count, width)
-    decode = lambda tokens: encoding.decode(tokens, errors="replace")
+    decode = partial(chapter.spelled, encoding)
     with contextlib.ExitStack() as stack:
         if graphs:
             made = Graphs(model)

@@ -59,6 +59,8 @@ def main() -> None:
     cli.add_argument("--seed", type=int, default=0)
     cli.add_argument("--rounds", type=int, default=15)
     args = cli.parse_args()
+    if args.rounds < 1:
+        cli.error(f"--rounds must be positive, got {args.rounds}")
     # oneDNN keeps 1,024 compiled products: rivals would push out those of one another
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     try:

@@ -734,3 +734,17 @@ def test_autocast_leaves_float64_alone(function):
         got = function(q, k, v)
         assert function(q.float(), k.float(), v.float()).dtype == torch.bfloat16
     assert got.dtype == torch.float64 and torch.equal(got, function(q, k, v))
+
+
+@pytest.mark.parametrize("attention", [attn.tiled_attention, attn.online_softmax_attention])
+def test_a_query_that_sees_nothing_gets_nothing(attention):
+    """As in SDPA: padding on the left must not make the gradients of other rows NaN."""
+    q, k, v = (t.requires_grad_() for t in torch.randn(3, 2, 2, 5, 8, dtype=torch.float64))
+    mask = torch.ones(5, 5, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    mask[1, :, :, :3] = False
+    want = F.scaled_dot_product_attention(q, k, v, mask)
+    got = attention(q, k, v, mask=mask)
+    assert (got - want).abs().max() <= 1e-12 and not got[1, :, :3].any()
+    pairs = (torch.autograd.grad((out**2).sum(), (q, k, v)) for out in (got, want))
+    for mine, other in zip(*pairs, strict=True):
+        assert (mine - other).abs().max() <= 1e-12

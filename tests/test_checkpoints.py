@@ -1188,10 +1188,10 @@ def test_what_is_recorded_is_of_these_weights_and_of_no_mode():
     weight.data = weight.data * 2  # elsewhere
     model.model.layers[1].self_attn.o_proj.weight.data *= 2
     assert recorded.generate(prompts, 9) == model.generate(prompts, 9)
-    assert len(once.recorded) == 2 * count
+    assert len(once.recorded) == count  # those of the old weights are dropped
     tokens = torch.tensor([[5, 6]])
     with torch.no_grad():
-        got = recorded.hidden(tokens, caches=recorded.new_caches(1, 9))
+        got = recorded.hidden(caches=recorded.new_caches(1, 9), tokens=tokens)
         assert (got - model.hidden(tokens)).abs().max() <= 1e-4
 
 
@@ -1322,3 +1322,238 @@ def test_the_command_line(tmp_path, encoding):
     assert done.returncode == 2 and "--compile is for a chat" in done.stderr
     done = call(tmp_path / "run", "--compile", "--device", "meta")
     assert done.returncode == 2 and "--compile wants --device cpu, or cuda" in done.stderr
+
+
+def test_flags_reach_the_chat(tmp_path, encoding, monkeypatch):
+    """`main` alone: nothing is loaded, and nobody talks."""
+    config = replace(TINY, vocab_size=591, bos_token_id=590, eos_token_id=590)
+    small = replace(config, max_position_embeddings=90)
+    kept, said = [], []
+    model = base.DeepSeek(config)
+    load = lambda folder, device, keep_fp8, progress: kept.append(keep_fp8) or model
+    monkeypatch.setattr(chapter, "load_released", load)
+    monkeypatch.setattr(chapter, "chat", lambda *args, **drawing: said.append((args, drawing)))
+
+    def call(config, *flags):
+        (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+        base.save_encoding(encoding, tmp_path / "encoding.json")
+        argv = ["08_checkpoints.py", str(tmp_path), "--device", "cpu", *flags]
+        monkeypatch.setattr(sys, "argv", argv)
+        chapter.main()
+        args, drawing = said.pop()
+        generator = drawing.pop("generator")
+        return kept.pop(), *args[4:], *drawing.items(), generator.initial_seed()
+
+    plain = call(config)
+    assert plain == (False, None, 256, None, None, ("temperature", 0.6), ("top_p", 0.95), 0)
+    assert call(small)[2] == 45  # half of a short context
+    flags = "--system", "S", "--max-new-tokens", "9", "--no-mtp", "--fp8", "--seed", "7"
+    found = call(config, *flags, "--temperature", "0.3", "--top-p", "0.5")
+    assert found == (True, "S", 9, False, None, ("temperature", 0.3), ("top_p", 0.5), 7)
+
+
+def test_gate_and_up_of_64_share_a_block_too(tmp_path):
+    chapter.save_released(model_of(replace(TINY, moe_intermediate_size=64)), tmp_path, in_fp8=True)
+    with pytest.raises(ValueError, match="multiple of 128.*got 64"):
+        chapter.load_released(tmp_path, keep_fp8=True)
+
+
+def test_a_name_that_two_files_hold_is_refused(tmp_path):
+    """Without an index, which would say which one it is."""
+    chapter.save_released(model_of(), tmp_path, shard_bytes=400_000)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert chapter.load_released(tmp_path)
+    first = min(tmp_path.glob("*.safetensors"))
+    shutil.copy(first, tmp_path / "zz.safetensors")
+    with pytest.raises(ValueError, match=f"is in {first.name} and in zz.safetensors"):
+        chapter.load_released(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e8m0fnu], ids=str)
+def test_scales_may_be_narrow(dtype, tmp_path):
+    """Powers of two, of which each type holds all: as V3.1's."""
+    model = model_of(dtype=torch.bfloat16)
+    chapter.save_released(model, tmp_path, in_fp8=True)
+
+    def narrow(tensors):
+        for name in [name for name in tensors if name.endswith("_scale_inv")]:
+            tensors[name] = tensors[name].log2().ceil().exp2()
+
+    spoil(tmp_path, narrow)
+    want = chapter.load_released(tmp_path)
+    to = lambda tensors: tensors.update(
+        {name: t.to(dtype) for name, t in tensors.items() if name.endswith("_scale_inv")}
+    )
+    spoil(tmp_path, to)
+    same_weights(chapter.load_released(tmp_path), want)
+    kept = chapter.load_released(tmp_path, keep_fp8=True)
+    assert kept.model.layers[0].self_attn.o_proj.weight_scale_inv.dtype == torch.float32
+
+
+def test_what_is_written_beside_the_weights(tmp_path, monkeypatch, encoding):
+    moved, replace_ = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: moved.append(Path(b).name) or replace_(a, b))
+    config = replace(TINY, vocab_size=591, bos_token_id=590, eos_token_id=590)
+    model, out = model_of(config, torch.bfloat16), tmp_path / "out"
+    out.mkdir()
+    chapter.save_released(model, out, encoding, shard_bytes=100_000, chat_template="T")
+    assert moved[-1] == "config.json"  # into a folder that was there
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    shards = chapter.Shards(out)
+    want = sum(t.numel() * t.element_size() for _, t in shards.read(shards.file))
+    assert index["metadata"]["total_size"] == want
+    assert chapter.read_template(out) == "T"
+    raw = json.loads((out / "tokenizer_config.json").read_text())
+    assert raw["add_bos_token"] and not raw["clean_up_tokenization_spaces"]
+    chapter.save_tokenizer(encoding, tmp_path)  # of a model without a beginning
+    assert not json.loads((tmp_path / "tokenizer_config.json").read_text())["add_bos_token"]
+
+
+def test_of_two_special_tokens_the_longer_is_meant(tmp_path):
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    special = {"<a>": 256, "<a>b": 257}
+    several = chapter.CutEncoding("cuts", (".",), ranks, special)
+    assert several.encode("x<a>b<a>", allowed_special="all") == [ord("x"), 257, 256]
+
+
+def test_as_many_ids_as_rows_and_no_more(spoken):
+    model, encoding = spoken
+    most = encoding.max_token_value
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    chapter.Talk(model_of(replace(TINY, vocab_size=most + 1, **ends)), encoding)
+    with pytest.raises(ValueError, match=f"ids up to {most}, the model {most} rows"):
+        chapter.Talk(model_of(replace(TINY, vocab_size=most, **ends)), encoding)
+
+
+def test_what_could_not_be_answered_is_forgotten(spoken):
+    model, encoding = spoken
+    talk = chapter.Talk(model, encoding, TURNS)
+    with pytest.raises(ValueError, match="this message takes"):
+        talk.answer("hello " * 90, print, 8, False)
+    assert talk.messages == []
+
+
+def test_without_turns_the_end_of_a_long_text_is_read(spoken):
+    model, encoding = spoken
+    talk = chapter.Talk(model, encoding)
+    talk.messages = [{"role": "user", "content": "hello " * 50 + "the end"}]
+    assert encoding.decode(talk.prompt(20)).endswith("hello the end")
+
+
+def test_an_old_index_beside_a_whole_file_is_of_no_account(tmp_path):
+    chapter.save_released(model_of(), tmp_path)
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00009.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert chapter.load_released(tmp_path)
+
+
+def test_a_folder_that_is_not_empty_is_said_before_anything_is_read(tmp_path, monkeypatch, capsys):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/notes.txt").write_text("mine")
+    monkeypatch.setattr(chapter, "load_tokenizer", None)
+    argv = ["08_checkpoints.py", str(tmp_path), "--save", str(tmp_path / "new"), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit):
+        chapter.main()
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_an_empty_template_file_is_none(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("")
+    assert chapter.read_template(tmp_path) is None
+
+
+def test_end_0_is_one(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
+    assert chapter.read_ends(tmp_path) == [0]
+
+
+def test_a_file_of_several_tensors_is_no_larger_than_asked(tmp_path):
+    chapter.save_released(model_of(), tmp_path, shard_bytes=100_000)
+    for path in tmp_path.glob("*.safetensors"):
+        sizes = [t.numel() * t.element_size() for t in load_file(path).values()]
+        assert len(sizes) == 1 or sum(sizes) <= 100_000
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["decoded", "kept"])
+def test_a_code_may_be_minus_nan(keep, tmp_path):
+    chapter.save_released(model_of(), tmp_path, in_fp8=True)
+    spoil(tmp_path, lambda t: t[DOWN].view(torch.uint8)[3, 4].fill_(0xFF))
+    with pytest.raises(ValueError, match="down_proj.weight holds a NaN"):
+        chapter.load_released(tmp_path, keep_fp8=keep)
+
+
+def test_a_model_without_drafts_talks_without(spoken, capsys):
+    _, encoding = spoken
+    small = {"vocab_size": 591, "bos_token_id": 590, "eos_token_id": 590}
+    chapter.chat(model_of(replace(V2_LIKE, **small)), encoding, ["import os\n"], None, None, 4)
+    out = capsys.readouterr().out
+    assert "tokens/s]" in out and "MTP" not in out
+
+
+def test_none_of_the_ends_is_part_of_an_answer(spoken):
+    model, encoding = spoken
+    ends = encoding.encode_ordinary("yz")
+    talk = chapter.Talk(model, encoding, ends=ends)
+
+    class Scripted:
+        config = model.config
+
+        def generate(self, prompts, max_new_tokens, listen, **options):
+            for token in [*encoding.encode_ordinary("ab"), ends[-1]]:
+                listen(0, token)
+
+    talk.model = Scripted()
+    talk.answer("x", lambda piece: None, 8, False)
+    assert talk.messages[-1]["content"] == "ab"
+
+
+def test_what_is_saved_takes_its_template_along(tmp_path, encoding, monkeypatch):
+    model = base.DeepSeek(replace(TINY, vocab_size=591, bos_token_id=590, eos_token_id=590))
+    model.save_pretrained(tmp_path / "old")
+    base.save_encoding(encoding, tmp_path / "old/encoding.json")
+    (tmp_path / "old/chat_template.jinja").write_text(TURNS)
+    argv = ["08_checkpoints.py", str(tmp_path / "old"), "--save", str(tmp_path / "new")]
+    monkeypatch.setattr(sys, "argv", [*argv, "--device", "cpu"])
+    chapter.main()
+    assert chapter.read_template(tmp_path / "new") == TURNS
+    monkeypatch.setattr(sys, "argv", ["08_checkpoints.py", "--save", str(tmp_path / "more")])
+    with pytest.raises(SystemExit):  # and not a lesson of 10 s
+        chapter.arguments()
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda raw: raw["pre_tokenizer"]["pretokenizers"][-1].update(add_prefix_space=True), "want"),
+    (lambda raw: raw["added_tokens"][0].update(rstrip=True), "neighbours' spaces"),
+    (lambda raw: raw["added_tokens"][0].update(single_word=True), "neighbours' spaces"),
+    (lambda raw: raw["model"].update(dropout=0.1), "not byte-level BPE"),
+])  # fmt: skip
+def test_more_that_tiktoken_could_not_reproduce(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        chapter.load_tokenizer(edited(tmp_path, change))
+
+
+def test_templates_see_what_transformers_gives_them():
+    text = '{{ messages[0] | tojson }} {{ strftime_now("%Y") }}'
+    messages = [{"role": "user", "content": "a<b & 'é'"}]
+    want = json.dumps(messages[0], ensure_ascii=False)
+    said = chapter.render(text, messages)
+    assert said.startswith(want + " 2") and len(said) == len(want) + 5
+
+
+def test_a_model_that_records_can_be_saved(tmp_path):
+    model = model_of()
+    chapter.record_decoding(model)
+    want = model.generate([[3, 4, 5]], 5)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert again.hidden.recorded == {} and again.generate([[3, 4, 5]], 5) == want
+    assert again.hidden.function.__self__ is again
+
+
+def test_a_smaller_tokenizer_is_of_another_model_too():
+    encoding = base.encoding_of(base.train_bpe(["some text"], 260))
+    model = model_of(replace(TINY, bos_token_id=None, eos_token_id=599))
+    with pytest.raises(ValueError, match="token 599 is not a special one"):
+        chapter.Talk(model, encoding)

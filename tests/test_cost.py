@@ -212,3 +212,95 @@ def test_the_command_line(tmp_path):
     assert done.returncode == 2 and "got 1.5" in done.stderr
     done = call("--preset", "v3", "--config", path)
     assert done.returncode == 2 and "not both" in done.stderr
+
+
+def said(monkeypatch, capsys, *flags):
+    monkeypatch.setattr(sys, "argv", ["09_cost.py", *map(str, flags)])
+    chapter.main()
+    return capsys.readouterr().out
+
+
+def test_flags_reach_the_description(monkeypatch, capsys):
+    flags = "--gpu", "a100", "--price", "3", "--mfu", "0.5", "--tokens", "1e12"
+    out = said(monkeypatch, capsys, "--preset", "v3", *flags, "--context", "8192")
+    cost = chapter.training_cost(base.V3, 1e12, 0.5, "a100", 3.0, 8192)
+    assert f"{cost.hours:,.4g} A100 hours at 50%" in out and f"${cost.dollars:,.2f}" in out
+    assert "at a context of 8,192" in out
+    with pytest.raises(SystemExit):
+        said(monkeypatch, capsys, "--context", "8192")
+    assert "--context is of one model" in capsys.readouterr().err
+    # V2 in 8 groups of another number of experts, V2-Lite in one: not limited to nodes
+    assert "of 8 groups" not in said(monkeypatch, capsys, "--preset", "v2-lite")
+
+
+def test_what_you_would_pay(monkeypatch, capsys):
+    """At a speed that is given: `small` takes two batches a step."""
+    monkeypatch.setattr(chapter, "own_rate", lambda device: (1e3, 1e9))
+    chapter.yours(torch.device("cpu"), 3.0)
+    _, measures = receipt(capsys.readouterr().out.splitlines())
+    [small] = [m for m in measures if m["name"] == "own_hours_small"]
+    config, recipe = base.PRESETS["small"]
+    tokens = 40_000 * 16 * 2 * 2048
+    flops = tokens * sum(chapter.flops_per_token(config, 2048).values())
+    assert small["value"] == pytest.approx(flops / 1e9 / 3600, rel=1e-4)
+    cost = chapter.training_cost(config, tokens, chapter.MFU, "h100", 3.0, 2048)
+    assert f"${cost.dollars:,.2f} at $3.00" in small["text"]
+
+
+def test_decoding_waits_for_memory_or_for_products():
+    """One layer's 576 numbers are multiplied by 128 heads; of GQA each group's by its queries."""
+    rates = chapter.decode_rates(8192)
+    flops = 2 * 128 * (2 * 512 + 64) * 8192 * 61
+    assert rates["v3"] == pytest.approx(660e12 / flops)
+    assert rates["v2-lite"] == pytest.approx(3.35e12 / (27 * 576 * 2 * 8192))
+    assert rates["llama-3.1-405b"] == pytest.approx(3.35e12 / (126 * 2 * 8 * 128 * 2 * 8192))
+
+
+def test_kept_activations_by_hand():
+    """One mixture behind a dense layer, a query latent, two experts of a token, a shared one."""
+    c = replace(SMALL, num_hidden_layers=2, first_k_dense_replace=1, q_lora_rank=24)
+    D, H, I, wide = c.hidden_size, c.num_attention_heads, c.moe_intermediate_size, 384
+    latent, out = c.kv_lora_rank + c.qk_rope_head_dim, H * c.v_head_dim
+    heads = H * (2 * (c.qk_nope_head_dim + c.qk_rope_head_dim) + c.v_head_dim)
+    frugal = 2 * (4 * D + D + 24 + latent + 1.5 * out) + (D + 2 * wide) + 3 * (D + 2 * I)
+    assert chapter.activation_bytes_per_token(c) == frugal
+    plain = 2 * (4 * D + 2 * (D + 24 + latent) + 2 * (out + heads + 24 + latent))
+    plain += 2 * (D + 3 * wide) + 3 * 2 * (D + 3 * I)
+    assert chapter.activation_bytes_per_token(c, frugal=False) == plain
+
+
+def test_the_share_of_the_peak_by_hand(capsys):
+    chapter.verify_hours()
+    _, measures = receipt(capsys.readouterr().out.splitlines())
+    found = {m["name"]: m["value"] for m in measures}
+    flops = chapter.flops_per_token(base.V3, 4096)
+    peak = 989e12 * 180e3 * 3600 / 1e12  # of a token
+    assert found["mfu_with_attention"] == pytest.approx(sum(flops.values()) / peak, rel=2e-3)
+    assert found["mfu_with_attention"] == pytest.approx(chapter.MFU, abs=5e-3)
+    counts = chapter.count_parameters(base.V3, mtp=True)
+    drafts = 6 * (chapter.total(counts, 1) + 129280 * 7168)
+    assert found["mfu_with_mtp"] == pytest.approx((sum(flops.values()) + drafts) / peak, rel=2e-3)
+
+
+def test_costs_refuse_what_has_no_end_and_no_context():
+    for tokens, price, context in (math.inf, 2.0, 9), (1e9, math.inf, 9), (1e9, 2.0, 0):
+        with pytest.raises(ValueError, match="context >= 1"):
+            chapter.training_cost(base.V3, tokens, 0.4, "h800", price, context)
+
+
+def test_the_first_two_steps_of_ones_own_rate_warm_up(monkeypatch):
+    clock = iter([t for n in range(6) for t in (100 * n, 100 * n + (50 if n < 2 else n))])
+    monkeypatch.setattr(chapter.time, "perf_counter", lambda: next(clock))
+    step = lambda *args: [torch.zeros(())]
+    monkeypatch.setattr(base, "stepper", lambda *args: step)
+    speed, flops = chapter.own_rate(torch.device("cpu"), steps=6)
+    assert speed == 8 * 256 / 3.5  # of 2, 3, 4 and 5 seconds
+
+
+@pytest.mark.parametrize("raw", [{}, {"command": "python 06_train.py", "seed": 0}])
+def test_what_is_no_config_is_not_taken_for_v3(raw, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.json").write_text(json.dumps(raw))
+    monkeypatch.setattr(sys, "argv", ["09_cost.py", "--config", str(tmp_path / "run.json")])
+    with pytest.raises(SystemExit) as stopped:
+        chapter.main()
+    assert stopped.value.code == 2 and "it lacks hidden_size" in capsys.readouterr().err

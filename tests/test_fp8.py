@@ -701,3 +701,27 @@ def test_what_wants_no_gradient_gets_no_product(which, monkeypatch):
     layer(x).sum().backward()
     assert len(products) == 2  # forward, and one of the two gradients
     assert torch.equal(x.grad if which == "weight" else layer.weight.grad, want)
+
+
+def test_layer_with_a_bias_stays_in_its_input_s_dtype():
+    layer = FP8Linear(130, 20)
+    assert layer(torch.randn(3, 130).bfloat16()).dtype == torch.bfloat16
+
+
+def test_grouped_under_autocast_is_in_its_dtype():
+    x, weight, sizes = torch.randn(5, 130), torch.randn(2, 20, 130), torch.tensor([2, 3])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = fp8.fp8_grouped_gemm(x, weight, sizes)
+    want = fp8.fp8_grouped_gemm(x.bfloat16(), weight, sizes)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, want)
+
+
+def test_no_second_derivative():
+    x, layer = torch.randn(3, 130, requires_grad=True), FP8Linear(130, 20)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+
+
+def test_grouped_sizes_below_zero_are_refused():
+    with pytest.raises(ValueError, match="summing to 5"):
+        fp8.fp8_grouped_gemm(torch.randn(5, 8), torch.randn(2, 4, 8), torch.tensor([7, -2]))

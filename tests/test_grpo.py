@@ -1147,15 +1147,15 @@ def test_a_checkpoint_is_saved_over_what_a_kill_has_left(tmp_path):
     (("--task", "countdown"), "has no worked examples: want --init FOLDER"),
     (("--device", "cuda:99"), "cannot run on --device cuda:99"),
     (("--init", "/nowhere"), "/nowhere"),
-    (("--resume", "/nowhere"), "--resume /nowhere is no folder of a run"),
+    (("--resume", "/nowhere"), "/nowhere is no folder of a run of 07"),
     (("--steps", "0"), "--steps must be positive, got 0"),
     (("--resume", "/nowhere", "--steps", "9"), "--steps: a resumed run keeps"),
     (("--task", "LAZY:Lazy"), "doesn't say what its problems are"),
     (("--task", "LAZY:Long"), "are over 512"),
     (("--task", "LAZY:Mute"), "want max_new_tokens >= 1, got 0"),
     (("--task", "LAZY:Asks"), "33333' and its answer, 515 tokens, are over 512"),
-    (("--resume", "LIST"), "is no folder of a run: TypeError"),
-    (("--resume", "PRESET"), "is no folder of a run: KeyError('nope')"),
+    (("--resume", "LIST"), "is no folder of a run of 07: TypeError"),
+    (("--resume", "PRESET"), "is no folder of a run of 07: KeyError('nope')"),
 ])  # fmt: skip
 def test_the_command_refuses_and_leaves_nothing(args, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "lazy.py").write_text(
@@ -1187,3 +1187,335 @@ def test_on_a_gpu(tmp_path):
     code, out, err = finish(start("--quick", "--device", "cuda", "--out", str(tmp_path)))
     assert code == 0, err
     assert "WRONG" not in out
+
+
+def test_advantages_of_whole_numbers():
+    rewards = torch.tensor([[1, 0, 0, 0], [0, 0, 1, 1]])
+    want = chapter.group_advantages(rewards.float())
+    assert torch.equal(chapter.group_advantages(rewards), want)
+    ends = torch.tensor([[0, 1, 2, 3], [1, 2, 3, -1]])
+    want = chapter.process_advantages(rewards.float(), ends, 4)
+    assert torch.equal(chapter.process_advantages(rewards, ends, 4), want)
+
+
+def test_of_nothing_drawn_the_loss_and_the_share_are_zero():
+    logp, old, advantages, mask, _ = batch(lengths=(0, 0, 0, 0))
+    loss, clipped = grpo_loss(logp, old, advantages, mask)
+    assert loss == 0 and clipped == 0
+
+
+def test_a_reference_must_have_the_shape_of_the_policys():
+    logp, old, advantages, mask, ref = batch()
+    with pytest.raises(ValueError, match=r"beta 0.1 wants ref_logp \(4, 6\)"):
+        grpo_loss(logp, old, advantages, mask, beta=0.1, ref_logp=ref[:, :1])
+
+
+def test_a_group_of_none_is_refused(model):
+    with pytest.raises(ValueError, match="group >= 1, got 4, 0"):
+        rollout(model, [[1]], 4, 0)
+
+
+def test_logits_of_bf16_are_drawn_from_in_fp32():
+    logits = torch.randn(50, 300).bfloat16()
+    chosen, logp = chapter.draw(logits, 0.7, 1.0, generator())
+    want = (logits.float() / 0.7).log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+    assert logp.dtype == torch.float32 and torch.equal(logp, want)
+
+
+def test_thoughts_may_have_lines_and_blanks_are_none():
+    text = "<think>5-9=96\n96+7=3</think>\n<answer>3</answer>"
+    assert chapter.parse(text) == ("5-9=96\n96+7=3", "3") and chapter.thinks(text)
+    assert not chapter.thinks("<think> \n</think><answer>3</answer>")
+    assert chapter.language_reward("two Wörter") == 0.5  # of no form: all of it
+    assert [chapter.overlong_penalty(n, 100, 0) for n in (100, 101)] == [0, -1]
+
+
+def test_countdowns_sets_share_nothing_and_each_number_is_used_once():
+    task = chapter.Countdown()
+    draw = lambda held_out: {task.problem(random.Random(n), held_out).prompt for n in range(300)}
+    assert not draw(False) & draw(True)  # from the same random numbers
+    problem = chapter.Problem("2 2 3 5 to 30: ", "2*3*5")
+    for text, right in ("2*3*5", False), ("2*(2*5+5)", False), ("(2+2-3)*5*6", False):
+        assert task.correct(problem, f"<think></think><answer>{text}</answer>") == right
+    problem = chapter.Problem("2 2 3 5 to 32: ", "2*3*5+2")
+    assert task.correct(problem, "<think></think><answer>2*3*5+2</answer>")
+
+
+def test_a_task_may_hold_dataclasses(tmp_path):
+    """Whose annotations are looked up in sys.modules, where the file's module has to be."""
+    (tmp_path / "data.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from importlib import import_module\n\n\n"
+        "@dataclass\nclass Entry:\n    text: str\n\n\n"
+        "class Own(import_module('07_grpo').Clock):\n    entry = Entry('a')\n"
+    )
+    assert chapter.load_task(f"{tmp_path}/data.py:Own").entry.text == "a"
+
+
+def test_the_end_of_a_text_is_no_part_of_one():
+    text = f"2+2={base.END}"  # here it is as many letters as it has
+    found = chapter.encode(ENCODING, text)
+    assert found == list(text.encode()) and ENCODING.encode_single_token(base.END) not in found
+
+
+def test_a_prompt_and_its_answer_may_fill_the_context():
+    problem = chapter.Problem("1" * 10, "")
+    room = 1 + 10 + CLOCK.max_new_tokens
+    assert len(chapter.encode_prompts(ENCODING, CLOCK, [problem], room)) == 1
+    with pytest.raises(chapter.BadProblem, match=f"{room} tokens, are over {room - 1}"):
+        chapter.encode_prompts(ENCODING, CLOCK, [problem], room - 1)
+
+
+def test_the_schedule_of_a_single_step():
+    assert Recipe(steps=1, warmup=0).scale(0) == 1
+
+
+def test_steps_that_no_checkpoint_has_kept_are_forgotten(tmp_path):
+    train(tmp_path / "rl", 2, some)
+    with (tmp_path / "rl/metrics.jsonl").open("a") as file:  # then it was killed
+        file.write('{"step": 3, "loss": 9}\n')
+    _, metrics = train(tmp_path / "rl", 4, some)
+    assert [entry["step"] for entry in metrics] == [1, 2, 3, 4]
+
+
+def test_an_interrupt_saves_the_step_it_ends(tmp_path):
+    calls = itertools.count()
+
+    def reward(problems, texts):
+        if next(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return some(problems, texts)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "rl", 5, reward)
+    state = json.loads((tmp_path / "rl/checkpoint/training/state.json").read_text())
+    assert state["step"] == 3
+
+
+def test_a_step_of_examples_by_hand(tmp_path, monkeypatch):
+    """SGD instead of AdamW: the loss, the balance loss, the clip; then the bias."""
+    seen = []
+
+    class Spy(base.DeepSeek):
+        def loss(self, tokens, labels):
+            seen.append((tokens, labels))
+            return super().loss(tokens, labels)
+
+    model, mine = Spy(SMALL), base.DeepSeek(SMALL).train()
+    mine.load_state_dict(model.state_dict())
+    sgd = lambda model, rate: torch.optim.SGD(model.parameters(), rate)
+    monkeypatch.setattr(chapter, "make_optimizer", sgd)
+    recipe = chapter.Examples(1, 4, 20.0)  # its first step's rate: a twentieth
+    chapter.train_examples(model, ENCODING, CLOCK.clean, recipe, tmp_path / "e")
+    [mixture] = mine.mixtures()
+    (mine.loss(*seen[0]) + 1e-4 * mixture.balance_loss).backward()
+    torch.nn.utils.clip_grad_norm_(mine.parameters(), 1.0)
+    sgd(mine, 1.0).step()
+    assert all(map(torch.equal, model.parameters(), mine.parameters()))
+    mixture.gate.update_bias(mixture.load, 1e-3)
+    bias = model.mixtures()[0].gate.e_score_correction_bias
+    assert torch.equal(bias, mixture.gate.e_score_correction_bias) and bias.any()
+
+
+def test_the_learning_rate_of_examples(tmp_path, monkeypatch):
+    """A cosine down to a tenth, behind 20 steps of warm-up."""
+    rates = []
+    monkeypatch.setattr(chapter, "set_rate", lambda optimizer, rate: rates.append(rate))
+    recipe = chapter.Examples(40, 1, 1e-3)
+    chapter.train_examples(base.DeepSeek(SMALL), ENCODING, CLOCK.clean, recipe, tmp_path / "e")
+    cosine = [0.55 + 0.45 * math.cos(math.pi * n / 40) for n in range(40)]
+    want = [1e-3 * c * min(1, (n + 1) / 20) for n, c in enumerate(cosine)]
+    assert rates == pytest.approx(want)
+
+
+def test_the_gap_is_of_all_packs_and_of_the_first_epoch(model, sampled, advantages):
+    for row in range(4):
+        other = sampled._replace(logp=sampled.logp - 0.25 * (torch.arange(24) == row)[:, None])
+        _, metrics = updated(model, other, advantages, pack=1)
+        assert metrics["gap"] == pytest.approx(0.25, abs=1e-4)
+    _, metrics = updated(model, sampled, advantages, epochs=3)
+    assert metrics["gap"] <= 1e-4
+
+
+def test_the_metrics_of_a_step_by_hand(tmp_path, monkeypatch):
+    """One group ties; the reference says ln π = −9 of every token."""
+    drawn, temperatures, real = [], [], chapter.rollout
+    spy = lambda *args, **named: drawn.append(real(*args, **named)) or drawn[-1]
+
+    def score(model, tokens, mask, temperature=1.0):
+        temperatures.append(temperature)
+        return torch.where(mask, -9.0, 0.0)
+
+    monkeypatch.setattr(chapter, "rollout", spy)
+    monkeypatch.setattr(chapter, "score", score)
+    monkeypatch.setattr(chapter, "update", lambda *_: {"clipped": None, "gap": None})
+    reward = lambda problems, texts: [1, 1, 1, 0, 1, 2, 0, 1, 2]
+    model = base.DeepSeek(SMALL)
+    with torch.no_grad():  # some answers end
+        model.lm_head.weight[END] = 0.5 * model.lm_head.weight[7]
+    _, [found] = train(tmp_path / "rl", 1, reward, model, temperature=2.0)
+    [sampled] = drawn
+    mask, logp = sampled.mask, sampled.logp
+    assert found["tied"] == pytest.approx(1 / 3) and found["reward"] == 1
+    assert found["cut"] == pytest.approx(1 - sampled.ended.float().mean().item())
+    assert found["entropy"] == pytest.approx(-logp[mask].mean().item())
+    assert found["length"] == pytest.approx(mask.sum().item() / 9)
+    r = (-9 - logp[::3])[mask[::3]]
+    assert found["kl"] == pytest.approx((r.exp() - r - 1).mean().item(), rel=1e-4)
+    assert temperatures == [2.0]
+
+
+def test_an_evaluation_is_the_same_again_and_knows_its_error(model):
+    class Spy(chapter.Clock):
+        max_new_tokens = 8
+
+        def correct(self, problem, response):
+            right.append(len(response) % 3 == 0)
+            return right[-1]
+
+    found = []
+    for number in 1, 2:
+        torch.manual_seed(number)  # of no account
+        right = []
+        found.append(chapter.evaluate(model, ENCODING, Spy(), 10, 4))
+    assert found[0] == found[1]
+    shares = torch.tensor(right[:40]).view(10, 4).double().mean(1)
+    want = shares.std(correction=0) / math.sqrt(10)
+    assert found[0]["error"] == pytest.approx(want.item()) and want > 0
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """`main` with these flags -> (folder, model, steps, seed) of each stage; nothing is trained."""
+    called, found = [], {"pass_at_1": 0.5, "greedy": 0.5, "length": 9.0}
+
+    def stage(model, encoding, example, recipe, folder, seed=0):
+        called.append((folder.name, model, recipe.steps, seed))
+
+    def rewards(*args):
+        stage(*args)
+        return [{}]
+
+    for name, stub in {
+        "train_examples": stage, "train_grpo": rewards, "own_answers": lambda *_: [("1+1=", "2")],
+        "bench": lambda *_: called.append(("bench", None, 0, 0)), "evaluate": lambda *_: found,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(chapter, name, stub)
+    for name in "verify_equations", "verify_sampler", "transcript", "report", "draw_curves":
+        monkeypatch.setattr(chapter, name, lambda *_: None)
+
+    def run(*args):
+        called.clear()
+        monkeypatch.setattr(sys, "argv", ["07_grpo.py", *args])
+        chapter.main()
+        return list(called)
+
+    return run
+
+
+def test_flags_reach_the_stages(stages, tmp_path):
+    flags = "--seed", "5", "--steps", "7", "--further", "--bench", "--device", "cpu"
+    found = stages(*flags, "--out", str(tmp_path))
+    assert [(name, steps, seed) for name, _, steps, seed in found] == [
+        ("worked", 1300, 5), ("cold", 150, 5), ("rl", 7, 5), ("own", 150, 5), ("rl-again", 3, 5),
+        ("bench", 0, 0),
+    ]  # fmt: skip
+    worked, cold, rl, own, again, _ = (model for _, model, *_ in found)
+    assert worked is cold is rl and own is again and own is not rl  # from where stage one ended
+
+
+def test_a_run_from_a_checkpoint_is_resumed_from_elsewhere(stages, tmp_path, monkeypatch):
+    base.DeepSeek(SMALL).save_pretrained(tmp_path / "from")
+    base.save_encoding(ENCODING, tmp_path / "from/encoding.json")
+    monkeypatch.chdir(tmp_path)
+    [(name, *_)] = stages("--init", "from", "--out", "runs", "--device", "cpu")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert name == stages("--resume", "../runs/grpo", "--device", "cpu")[0][0] == "rl"
+
+
+def test_worked_examples_are_clean_and_cold(tmp_path, monkeypatch, capsys):
+    (tmp_path / "half.py").write_text(
+        "from importlib import import_module\ngrpo = import_module('07_grpo')\n"
+        "class Half(grpo.Task):\n    clean = grpo.Clock.clean\n"
+    )
+    args = "--task", f"{tmp_path}/half.py:Half", "--out", str(tmp_path / "runs")
+    monkeypatch.setattr(sys, "argv", ["07_grpo.py", *args])
+    with pytest.raises(SystemExit):
+        chapter.main()
+    assert "has no worked examples: want --init FOLDER" in capsys.readouterr().err
+
+
+def test_several_tokens_may_end_an_answer(model):
+    free = rollout(model, [[1, 2]], 6, 3, temperature=0)
+    first = free.answers()[0]
+    ended = rollout(model, [[1, 2]], 6, 3, temperature=0, eos_token_id=[first[2], 10**6])
+    stop = first.index(first[2]) + 1
+    assert ended.ended.all() and ended.answers() == [first[:stop]] * 3
+
+
+def test_a_sampler_of_nan_says_so(model):
+    broken = base.DeepSeek(model.config)
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="logits are no numbers"):
+        rollout(broken, [[1, 2]], 3, 2)
+
+
+def test_sampling_and_scoring_under_another_default_dtype(model):
+    want = rollout(model, [[1, 2]], 4, 2, generator=generator())
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = rollout(model, [[1, 2]], 4, 2, generator=generator())
+        scored = chapter.score(model, got.tokens, got.mask)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got.tokens, want.tokens) and got.logp.dtype == torch.float32
+    assert (scored - want.logp).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_clipped_ratio_that_overflows_has_no_gradient(dtype):
+    logp = torch.tensor([[0.0, -1.0]], dtype=dtype, requires_grad=True)
+    old = torch.tensor([[-200.0, -1.0]], dtype=dtype)
+    for advantage, want in (1.0, -0.5), (0.0, 0.0):
+        loss, _ = grpo_loss(logp, old, torch.tensor([advantage], dtype=dtype), logp.detach() < 1)
+        [gradient] = torch.autograd.grad(loss, logp)
+        assert loss.isfinite() and gradient[0].tolist() == [0.0, want]
+
+
+def test_small_differences_of_large_rewards_in_float64_are_no_ties():
+    rewards = torch.tensor([[1000.001, 1000, 1000]], dtype=torch.float64)
+    assert chapter.group_advantages(rewards)[0, 0] > 1
+    assert not chapter.group_advantages(rewards.new_tensor([[0.1 + 0.2, 0.3]])).any()
+
+
+def test_the_model_a_run_began_with_must_not_change(tmp_path, monkeypatch, capsys):
+    init = tmp_path / "init"
+    saved = base.DeepSeek(SMALL)
+    saved.save_pretrained(init / "checkpoint")
+    base.save_encoding(ENCODING, init / "checkpoint/encoding.json")
+    entry = dict(task="clock", preset="elicit", init=str(init), steps=None, further=False)
+    entry |= dict(quick=True, seed=0, weights=chapter.weights_digest(init))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text(json.dumps(entry))
+
+    def refused(*args) -> str:
+        argv = ["07_grpo.py", "--resume", str(tmp_path / "run"), "--device", "cpu", *map(str, args)]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as stopped:
+            chapter.main()
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    with torch.no_grad():
+        saved.lm_head.weight.add_(1)
+    saved.save_pretrained(init / "checkpoint")
+    assert "init has been trained since" in refused()
+    init.rename(tmp_path / "moved")
+    assert "want what 06 or 07 made, with encoding.json" in refused()
+    assert "moved has been trained since" in refused("--init", tmp_path / "moved")
+    other = base.encoding_of(base.train_bpe(["the cat the hat " * 9], 265))
+    base.save_encoding(other, tmp_path / "moved/checkpoint/encoding.json")
+    assert "encoding.json is of another model" in refused("--init", tmp_path / "moved")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]

@@ -100,3 +100,22 @@ def test_a_folder_that_is_a_file_and_a_seed_of_no_generator(path, tmp_path, monk
         want = "want a folder" if flag == "--out" else "--seed must be >= 0 and fit 63"
         assert want in said.err
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_the_seed_is_set_and_bench_is_asked_for(chapter, tmp_path, monkeypatch):
+    """`main` alone: what it calls notes the seed and does nothing."""
+    module, called = import_module(chapter.stem), []
+    for name in vars(module).copy():
+        if name.startswith(("verify", "experiment", "memory", "decoding", "bench")):
+            stub = lambda *args, name=name: called.append((name, args, torch.initial_seed()))
+            monkeypatch.setattr(module, name, stub)
+    args = [chapter.name, "--device", "cpu", "--seed", "5", "--out", str(tmp_path)]
+    for flags, benches in ([], False), (["--bench"], True):
+        called.clear()
+        monkeypatch.setattr(sys, "argv", args + flags)
+        module.main()
+        assert {seed for *_, seed in called} == {5}
+        assert any(name.startswith("bench") for name, *_ in called) == benches
+        seeds = [args[1] for name, args, _ in called if name == "experiment" and len(args) == 3]
+        assert seeds == [5] * (chapter.stem == "03_moe_router")

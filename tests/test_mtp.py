@@ -726,3 +726,44 @@ def test_expected_speedup():
     cost = {"plain": 1.0, "verify": 1.2, "draft1": 0.2, "draft2": 0.3}
     assert mtp.expected_speedup(0.0, cost) == pytest.approx(1 / 1.4)
     assert mtp.expected_speedup(1.0, cost) == pytest.approx(2 / 1.5)
+
+
+def test_a_nucleus_ends_where_it_holds_enough():
+    """Four tokens of a quarter each: two hold a half, a third is not asked."""
+    assert (mtp.probabilities(torch.zeros(4), 1.0, 0.5) > 0).sum() == 2
+    logits = torch.randn(50).bfloat16()
+    want = (logits.float() / 0.7).softmax(-1)
+    assert torch.equal(mtp.probabilities(logits, 0.7), want)
+
+
+def test_a_corrupted_module_is_a_copy():
+    module = tiny().mtp[0]
+    before = module.eh_proj.weight.clone()
+    worse = mtp.corrupted(module, 2.0)
+    assert torch.equal(module.eh_proj.weight, before)
+    assert not torch.equal(worse.eh_proj.weight, before)
+
+
+def test_the_first_rounds_of_a_race_warm_up(monkeypatch):
+    """Of costs three, of texts one."""
+    model, calls = tiny(), itertools.count()
+    monkeypatch.setattr(mtp, "seconds", lambda *_: 9.0 if next(calls) < 3 * 4 else 1.0)
+    assert set(mtp.costs(model, model.mtp[0], [1, 2], rounds=2).values()) == {1.0}
+
+    def seconds(task, prompt, length):
+        task(prompt, length)
+        return {"plain": 3.0, "speculate": 2.0 if len(prompt) > 3 else 0.1}[task.__name__] * length
+
+    monkeypatch.setattr(mtp, "seconds", seconds)
+    monkeypatch.setattr(mtp, "costs", lambda *a, **b: {"plain": 0.5})
+    ratio, *_ = mtp.race(model, model.mtp[0], prompts_of(13, (3, 4)), 9, rounds=1)
+    assert ratio == 1.5
+
+
+def test_what_ends_a_text():
+    for one in 5, [5], (5,), {5}, torch.tensor(5):
+        assert mtp.ends_of(one) == {5}
+    assert mtp.ends_of([5, 6]) == {5, 6} and mtp.ends_of(None) == {None}
+    for ends in "5", 5.0, ["5"]:
+        with pytest.raises(TypeError, match="want the id of a token"):
+            mtp.ends_of(ends)

@@ -208,3 +208,49 @@ def test_the_command_line_exits_non_zero():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == "not stored: no_such_chapter.py is no file of this repository\n"
+
+
+def test_an_error_below_zero_is_none():
+    with pytest.raises(ValueError, match="the line says ok, its numbers don't"):
+        record.receipt([f"check    a{' ' * 20}error -1e-3   tol 1e-3   ok"])
+
+
+def test_a_record_appears_whole_or_not_at_all(run, tmp_path, monkeypatch):
+    """A full disk, or a kill, in the middle of a copy or of the last file."""
+    target, _ = run(OPTIONS + OK + FIGURE.format("curve", "old"))
+    before = (tmp_path / target).read_bytes()
+
+    def full(source, place):
+        Path(place).write_bytes(b"ha")
+        raise OSError("full")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="full"):
+        run(OPTIONS + OK + FIGURE.format("curve", "new"))
+    assert (tmp_path / "results/02_mla.cpu.png").read_bytes() == b"old"
+    real = Path.write_text
+
+    def half(path, text, *more):
+        if path.parent.name != "results":
+            return real(path, text, *more)
+        real(path, text[:9], *more)
+        raise OSError("full")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="full"):
+        run(OPTIONS + OK)
+    assert (tmp_path / target).read_bytes() == before
+
+
+def test_the_command_line_passes_flags_on(monkeypatch):
+    asked = []
+    monkeypatch.setattr(record, "record", lambda *args: asked.append(args))
+    monkeypatch.setattr(sys, "argv", ["record.py", "02_mla.py", "--bench", "--out", "x"])
+    record.main()
+    assert asked == [("02_mla.py", ["--bench", "--out", "x"])]
+
+
+def test_a_flag_that_begins_like_ours_is_the_scripts(run):
+    more = OPTIONS.replace('"--bench"', '"--dev", action="store_true")\ncli.add_argument("--bench"')
+    target, entry = run(more + OK, "--dev")
+    assert target == Path("results/02_mla.dev.cpu.json")

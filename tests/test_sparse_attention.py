@@ -690,3 +690,46 @@ def test_decoding_on_a_gpu(dtype, topk, paged):
         want = layer(x, gather=False)
     error = (got - want).float().norm() / want.float().norm()
     assert error <= (1e-4 if dtype == torch.float32 else 0.05), error
+
+
+def test_scores_of_one_query_may_be_more_than_fit_at_a_time(monkeypatch):
+    q, w, k = torch.randn(2, 4, 3, 8), torch.randn(2, 3, 4), torch.randn(2, 9, 8)
+    want = chapter.index_scores(q, w, k)
+    monkeypatch.setattr(chapter, "AT_A_TIME", 10)
+    assert torch.allclose(chapter.index_scores(q, w, k), want, rtol=0, atol=1e-5)
+
+
+def test_attention_to_be_matched_is_a_constant_and_a_mean_in_fp32():
+    p = torch.rand(1, 3, 5).softmax(-1).requires_grad_()
+    scores, all_ = torch.randn(1, 3, 5, requires_grad=True), torch.ones(1, 3, 5, dtype=torch.bool)
+    chapter.index_divergence(p, scores, all_).backward()
+    assert p.grad is None and scores.grad.any()
+    layer = layer_of(dtype=torch.bfloat16)
+    x = torch.randn(1, 30, 32).bfloat16()
+    cos, sin = layer.cos_sin(torch.arange(30), x.dtype)
+    q, entries = layer.queries(layer.query_latent(x), cos, sin), layer.latents(x, cos, sin)
+    seen = torch.ones(1, 30, 30, dtype=torch.bool).tril()
+    got = layer.attended(*q, torch.cat(entries, -1), seen)
+    assert got.dtype == torch.float32 and (got.sum(-1) - 1).abs().max() <= 1e-5
+
+
+def test_a_dense_model_in_fp8_becomes_a_sparse_one_in_fp8():
+    sparse = chapter.SparseDeepSeek.from_dense(base.DeepSeek(base_config(), "fp8"), 4, 8, 6)
+    assert sparse.precision == "fp8"
+    for attention in sparse.attentions():
+        indexer = attention.indexer
+        kinds = [type(part) for part in (indexer.wq_b, indexer.wk, indexer.weights_proj)]
+        assert kinds == [base.fp8.FP8Linear, base.fp8.FP8Linear, torch.nn.Linear]
+
+
+def test_the_seed_is_set_and_bench_goes_on_to_128k(tmp_path, monkeypatch):
+    """`main` alone: what it calls notes the seed and does nothing."""
+    seeds, contexts = [], []
+    for name in "verify_layer", "verify_learning", "train_reader", "compare_choices", "draw":
+        monkeypatch.setattr(chapter, name, lambda *args: seeds.append(torch.initial_seed()))
+    monkeypatch.setattr(chapter, "decode", lambda device, sizes, rounds: contexts.append(sizes))
+    args = ["10_sparse_attention.py", "--device", "cpu", "--seed", "5", "--out", str(tmp_path)]
+    for flags in [], ["--bench"]:
+        monkeypatch.setattr(sys, "argv", args + flags)
+        chapter.main()
+    assert set(seeds) == {5} and [sizes[-1] for sizes in contexts] == [2**15, 2**17]

@@ -1281,9 +1281,7 @@ def test_one_book_among_notes_is_in_both_parts(tmp_path):
     assert len(held_out) < 0.2 * len(train)
 
 
-@pytest.mark.parametrize(
-    "line", ["{", '"text"', '{"txt": "a"}', '{"text": 3}', '{"text": "\\ud800"}', "[]", "null"]
-)
+@pytest.mark.parametrize("line", ["{", '"text"', '{"txt": "a"}', '{"text": 3}', "[]", "null"])
 def test_broken_jsonl_names_file_and_line(line, tmp_path):
     good = json.dumps({"text": "fine"})
     (tmp_path / "d.jsonl").write_text(f"{good}\n{good}\n{line}\n{good}\n")
@@ -2119,7 +2117,8 @@ def test_ctrl_c_and_the_command_it_prints(ran):
     assert progress_only(err), err
     assert len((run / "metrics.jsonl").read_text().splitlines()) < 40  # else nothing was tested
     [line] = [line for line in out.splitlines() if "go on" in line]
-    command = shlex.split(line[line.index("python 06_train.py") :])
+    command = shlex.split(line[line.index("python ") :])
+    assert Path(command[1]).name == "06_train.py"
     with start(folder, *command[2:], "--device", "cpu") as process:
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, out + err
@@ -2205,7 +2204,7 @@ def test_a_run_behind_a_link_finds_its_data_again(tmp_path, ran):
 def test_resume_takes_no_flag_that_the_run_has_settled(cli, tmp_path):
     assert_refused(cli("--resume", "nowhere"), "nowhere")
     for flag, *value in (
-        ["--quick"], ["--preset", "mini"], ["--data", "x"], ["--encoding", "gpt2"], ["--seed", "7"],
+        ["--quick"], ["--preset", "mini"], ["--encoding", "gpt2"], ["--seed", "7"],
         ["--steps", "9"], ["--minutes", "1"], ["--precision", "fp8"], ["--out", "elsewhere"],
     ):  # fmt: skip
         assert_refused(cli("--resume", "nowhere", flag, *value), f"{flag}: a resumed run keeps")
@@ -2329,3 +2328,177 @@ def test_full_disk_ends_in_one_line(cli, stopped, monkeypatch):
     lines = [line for line in re.split(r"[\r\n]", err) if line and not progress_only(line)]
     assert code == 2 and len(lines) == 1 and FULL in lines[0], err
     assert snapshot(stopped) == before
+
+
+def test_yarn_without_its_original_context_stretches_the_configs():
+    raw = {"rope_scaling": {"type": "yarn", "factor": 4}, "max_position_embeddings": 8192}
+    config = DeepSeekConfig.from_dict(chapter.QUICK.to_dict() | raw)
+    assert config.rope_scaling["original_max_position_embeddings"] == 8192
+
+
+def test_the_last_third_begins_at_two_thirds():
+    assert Recipe(100, 8, 1).mtp_weight_at(2 / 3) == pytest.approx(0.1)
+
+
+def test_a_second_signal_kills_as_ever(monkeypatch):
+    """Unless it comes at once: torchrun may send its workers one that they have had already."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with chapter.interrupts() as seen:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert seen == [signal.SIGINT] * 2
+        now[0] += 2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+class Begun(Exception):
+    pass
+
+
+@pytest.fixture
+def begun(cli, tmp_path, monkeypatch):
+    """`main` with these flags -> the model, recipe and further arguments that `train` gets."""
+    write_files(tmp_path / "text", {f"{i}.txt": d for i, d in enumerate(documents_of(seed=1))})
+    called = []
+
+    def train(model, corpus, recipe, *rest):
+        called.append((model, recipe, *rest))
+        raise Begun
+
+    monkeypatch.setattr(chapter, "train", train)
+
+    def call(*args):
+        with pytest.raises(Begun):
+            cli("--device", "cpu", *args)
+        return called.pop()
+
+    return call
+
+
+def test_flags_reach_the_training_and_the_resumed_one(begun, tmp_path):
+    flags = "--precision", "fp8", "--minutes", "2", "--seed", "5", "--data", "text"
+    model, recipe, folder, *rest = begun("--quick", *flags)
+    assert model.precision == "fp8" and rest == [5, 2.0, False] and recipe.steps == 30
+    again, same, place, *rest = begun("--resume", folder)
+    assert again.precision == "fp8" and rest == [5, 2.0, True] and same == recipe
+    assert all(map(torch.equal, model.parameters(), again.parameters()))  # of the same seed
+    other, *_ = begun("--quick", "--data", "text", "--seed", "6")
+    assert not torch.equal(other.lm_head.weight, model.lm_head.weight)
+
+
+def test_bench_takes_the_precision_and_reads_no_text(cli, monkeypatch):
+    called = []
+    monkeypatch.setattr(chapter, "read_documents", None)
+    spy = lambda model, recipe, seed: called.append((model.precision, seed))
+    monkeypatch.setattr(chapter, "bench", spy)
+    args = "--quick", "--bench", "--precision", "fp8", "--seed", "5", "--device", "cpu"
+    assert cli(*args)[0] == 0 and called == [("fp8", 5)]
+
+
+@pytest.mark.parametrize("preset, packages", [("nano", False), ("mini", True)])
+def test_a_larger_model_reads_the_packages_too(preset, packages, cli, monkeypatch):
+    def read(source, packages):
+        raise ValueError(f"asked for {source}, {packages}")
+
+    monkeypatch.setattr(chapter, "read_documents", read)
+    assert_refused(cli("--preset", preset, "--device", "cpu"), f"asked for None, {packages}")
+    assert_refused(cli("--quick", "--preset", preset, "--device", "cpu"), "asked for None, False")
+
+
+def test_one_process_at_a_time_trains_in_a_folder(ran, cli):
+    run = ran[0] / "out/quick"
+    before = snapshot(run)
+    with chapter.alone(run):
+        assert_refused(cli("--resume", run, "--device", "cpu"), "another process is training there")
+    assert snapshot(run) == before
+
+
+def test_a_run_that_was_moved_is_told_where_its_text_lies(ran, cli, tmp_path):
+    folder = tmp_path / "far/away"
+    shutil.copytree(ran[0] / "out/quick", folder / "quick")
+    assert_refused(cli("--resume", folder / "quick"), "text: no such file or folder")
+    (tmp_path / "other").mkdir()
+    write_files(tmp_path / "other", {f"{i}.txt": english(i, 80) for i in range(50)})
+    refused = cli("--resume", folder / "quick", "--data", tmp_path / "other")
+    assert_refused(refused, "was trained on other text than .*other holds now")
+    assert not list(folder.glob("data-*"))  # no tokens were made of it
+    code, out, err = cli("--resume", folder / "quick", "--data", ran[0] / "text", "--device", "cpu")
+    assert code == 0, err
+
+
+def test_kinds_of_files(tmp_path):
+    text = {f"{i}.TXT": english(i, 80) for i in range(50)}
+    write_files(tmp_path / "upper", text | {"D.JSONL": json.dumps({"text": "half \ud800 of it"})})
+    documents = chapter.read_documents(tmp_path / "upper")
+    assert len(documents) == 51 and b"half ? of it" in documents
+    packed = tmp_path / "text.jsonl.gz"
+    packed.write_bytes(gzip.compress(b"".join(documents)))
+    with pytest.raises(ValueError, match=r"text\.jsonl\.gz: no UTF-8 text"):
+        chapter.read_documents(packed)
+    write_files(tmp_path / "upper/runs/grpo", {"run.json": "{}"})  # of 07: its stages lie within
+    write_files(tmp_path / "upper/runs/grpo/rl", {"metrics.jsonl": '{"step": 1}'})
+    assert chapter.read_documents(tmp_path / "upper") == documents
+
+
+def test_ids_that_stand_for_nothing_are_spelled_all_the_same():
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    gaps = tiktoken.Encoding(
+        "gaps", pat_str=".", mergeable_ranks=ranks, special_tokens={"<e>": 300}
+    )
+    assert chapter.spelled(gaps, [104, 105, 280, 300, 0xC3, 0xA9]) == "hi\ufffd<e>é"
+
+
+def test_where_a_run_keeps_its_checkpoint(tmp_path):
+    assert chapter.checkpoint_of(tmp_path) == tmp_path
+    for name in "rl/checkpoint", "checkpoint.old", "checkpoint":
+        (tmp_path / name).mkdir(parents=True)
+        assert chapter.checkpoint_of(tmp_path) == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "scaling, message",
+    [
+        ("yarn", "rope_scaling must be an object"),
+        ({"type": "yarn", "factor": "4"}, "factor must be a number > 0, got '4'"),
+        ({"type": "yarn", "factor": 4.0, "beta_fast": 0}, "beta_fast must be a number > 0, got 0"),
+        ({**YARN, "original_max_position_embeddings": 0}, "original_max_position_embeddings must"),
+    ],
+)
+def test_impossible_rope_scaling_is_named(scaling, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, rope_scaling=scaling)
+
+
+def test_other_impossible_arguments_are_named():
+    with pytest.raises(ValueError, match="want theta > 1, got 1.0"):
+        replace(TINY, rope_theta=1.0)
+    with pytest.raises(ValueError, match="rms_norm_eps must be a number > 0, got inf"):
+        replace(TINY, rms_norm_eps=math.inf)
+    with pytest.raises(ValueError, match="256 bytes or more, got 100"):
+        chapter.train_bpe(["text"], 100)
+    model = model_of()
+    for tokens, context, stride in (np.arange(9), 8, 16), (np.arange(1), 8, 4):
+        with pytest.raises(ValueError, match="stride <= context and 2 tokens or more"):
+            chapter.evaluate(model, tokens, context, stride)
+    recipe = Recipe(1, 8, 2)
+    with pytest.raises(ValueError, match=r"want a model in training"):
+        optimizer = chapter.make_optimizer(model, recipe)
+        chapter.training_step(model.eval(), optimizer, recipe, [tokens_of(2, 9)], 1.0, 0.0)
+
+
+def test_a_config_shares_no_dict():
+    scaling = dict(YARN)
+    config = replace(TINY, rope_scaling=scaling)
+    scaling["factor"] = 8.0
+    assert config.rope_scaling == YARN and config.rope_scaling is not YARN
+
+
+def test_saving_a_tied_or_compiled_model(tmp_path):
+    model, tokens = model_of(), tokens_of(1, 9)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    want = model(tokens)
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(DeepSeek.from_pretrained(tmp_path)(tokens), want)
