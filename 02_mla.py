@@ -958,7 +958,11 @@ class MultiHeadLatentAttention(nn.Module):
         if rope_scaling and "factor" not in yarn:
             raise ValueError(f"rope_scaling has no factor: {rope_scaling}")
         for name, value in {"mscale": mscale, "mscale_all_dim": all_dim, **yarn}.items():
-            if not isinstance(value, int | float) or value < 0 or name in known and value == 0:
+            if (
+                not isinstance(value, int | float)
+                or not 0 <= value < math.inf
+                or (name in known and value == 0)
+            ):
                 raise ValueError(f"rope_scaling: {name} must be a number > 0, got {value!r}")
         self.rope = {"dim": R, "theta": rope_theta, **yarn}
         # A plain attribute: .to(bfloat16) would round a buffer, a meta device would empty it.
@@ -1567,15 +1571,15 @@ def main() -> None:
     if not 0 <= args.seed < 2**63:
         cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        cli.error(f"--out {args.out}: {error.strerror}; want a folder that can be written to")
-    try:
         device = torch.device(args.device)
         torch.zeros(1, dtype=torch.float64, device=device).item()  # the checks need float64
     except Exception as error:  # each backend raises a type of its own
         cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        cli.error(f"--out {args.out}: {error.strerror}; want a folder that can be written to")
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # graphs and timers are of the current one
     torch.manual_seed(args.seed)

@@ -666,7 +666,9 @@ def quantize_tiles(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tenso
     return _quantize_tiles(x, power_of_two)
 
 
-@torch.compiler.disable  # inductor casts to other codes on a CPU (2.13: those of K = 300)
+# compiler.disable: inductor (2.11, 2.13) gets the last tile wrong where 128 does not divide K, even
+# of a product in fp32
+@torch.compiler.disable
 @torch.no_grad()
 def _quantize_tiles(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     K = x.shape[-1]
@@ -676,7 +678,6 @@ def _quantize_tiles(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     return codes.flatten(-2)[..., :K].contiguous(), scales
 
 
-@torch.no_grad()
 def quantize_blocks(w: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Weights by blocks of 128×128, ragged at the edges (V3 §3.3.2).
 
@@ -685,9 +686,15 @@ def quantize_blocks(w: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tens
     """
     if w.dim() < 2 or not w.is_floating_point():
         raise ValueError(f"want floats of (..., N, K), got {w.dtype} of {tuple(w.shape)}")
-    N, K = w.shape[-2:]
     if has_kernels(w):
         return launch_quantize(w, True, power_of_two)
+    return _quantize_blocks(w, power_of_two)
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def _quantize_blocks(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    N, K = w.shape[-2:]
     padded = F.pad(w.float(), (0, -K % 128, 0, -N % 128))
     blocks = padded.unflatten(-1, (-1, 128)).unflatten(-3, (-1, 128))  # (…, N/128, 128, K/128, 128)
     scales = _scales_of(blocks.abs().amax((-3, -1)), power_of_two)  # (…, N/128, K/128)
@@ -742,6 +749,7 @@ def _check(name: str, codes: Tensor, scales: Tensor) -> bool:
     return by_tiles
 
 
+@torch.compiler.disable
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     """codes · scale in fp32, for what quantize_tiles or quantize_blocks made: (..., N, K)."""
     if not _check("codes", codes, scales):
@@ -822,8 +830,7 @@ class _FP8Product(torch.autograd.Function):
         w_codes, w_scales = quantize_blocks(w, power_of_two)
         ctx.save_for_backward(x_codes, x_scales, w_codes, w_scales)
         ctx.settings, ctx.dtype = (power_of_two, gradient_blocks), w.dtype
-        y = fp8_gemm(x_codes, x_scales, w_codes, w_scales, x.dtype)
-        return y.detach()  # y itself, torch 2.11 would compile to a gradient of 0
+        return fp8_gemm(x_codes, x_scales, w_codes, w_scales, x.dtype)
 
     @staticmethod
     @first_order
@@ -851,7 +858,7 @@ class _FP8Grouped(torch.autograd.Function):
         x_fp8, w_fp8 = quantize_tiles(x, power_of_two), quantize_blocks(weight, power_of_two)
         ctx.save_for_backward(*x_fp8, *w_fp8, ends)
         ctx.power_of_two, ctx.dtype = power_of_two, weight.dtype
-        return _gemm_by_rows(*x_fp8, *w_fp8, ends, x.dtype).detach()  # as in _FP8Product
+        return _gemm_by_rows(*x_fp8, *w_fp8, ends, x.dtype)
 
     @staticmethod
     @first_order
@@ -890,7 +897,7 @@ class FP8Linear(nn.Linear):
 
     x: (..., in_features) -> (..., out_features) in x's dtype, or autocast's. power_of_two: all
     scales are. gradient_blocks: dgrad takes dy by 128×128, with which a 16B model of DeepSeek's
-    diverged (app. B.2).
+    diverged (app. B.2). Compiled, it breaks the graph where there is no kernel for it.
     """
 
     def __init__(
@@ -1227,15 +1234,15 @@ def main() -> None:
     if not 0 <= args.seed < 2**63:
         cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        cli.error(f"--out {args.out}: {error.strerror}; want a folder that can be written to")
-    try:
         device = torch.device(args.device)
         torch.zeros(1, device=device).to(torch.float8_e4m3fn).float().item()
     except Exception as error:  # each backend raises a type of its own
         cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        cli.error(f"--out {args.out}: {error.strerror}; want a folder that can be written to")
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # graphs and timers are of the current one
     torch.manual_seed(args.seed)

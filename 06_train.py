@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch>=2.11,<=2.13", "numpy>=1.26", "tiktoken>=0.8", "regex>=2024.5", "matplotlib>=3.8",
-#   "safetensors>=0.4.5", "tqdm>=4.66", "filelock>=3.12",
+#   "safetensors>=0.4.5", "tqdm>=4.66", "filelock>=4.3",
 # ]
 # ///
 r"""06 · Training: the tested pieces become a whole DeepSeek-V3, and five minutes teach it Python.
@@ -855,8 +855,8 @@ def read_documents(source: Path | None, packages: bool = False) -> list[bytes]:
         files = library_files(packages)
     elif source.is_dir():
         files = (p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        of_a_run = lambda p: any((q / "run.json").exists() for q in p.parents[:2])  # its metrics
-        files = sorted(p for p in files if not of_a_run(p))
+        of_a_run = lambda p: any((q / "run.json").exists() for q in p.parents[:2])
+        files = sorted(p for p in files if p.name != "metrics.jsonl" or not of_a_run(p))
     elif source.is_file():
         files = [source]
     else:
@@ -1214,12 +1214,14 @@ def evaluate(model: DeepSeek, tokens: np.ndarray, context: int, stride: int):
 
 def checkpoint_of(folder: Path) -> Path:
     """Of the folder of a run, of this chapter or of 07; any other folder is one itself."""
-    names = "checkpoint", "checkpoint.old", "rl/checkpoint"  # .old: killed between renames
-    return next((folder / name for name in names if (folder / name).exists()), folder)
+    stages = folder, folder / "rl-again", folder / "rl"
+    names = "checkpoint", "checkpoint.old"  # .old: killed between two renames
+    found = (stage / name for stage in stages for name in names if (stage / name).exists())
+    return next(found, folder)
 
 
 class Run:
-    """The folder of one training run: run.json, metrics.jsonl, checkpoint/, curves.png."""
+    """The folder of one training run: run.json, metrics.jsonl, checkpoint/, curves.png, lock."""
 
     def __init__(self, folder: Path):
         self.folder, self.checkpoint = folder, folder / "checkpoint"
@@ -1311,11 +1313,17 @@ class Run:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """ValueError while another process trains there: each would undo what the other saves."""
+    lock = FileLock(folder / "lock")
     try:
-        with FileLock(folder / "lock", timeout=0):
-            yield
+        lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"{folder}: another process is training there") from None
+    except (OSError, NotImplementedError):  # a file system that knows no locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch>=2.11,<=2.13", "numpy>=1.26", "tiktoken>=0.8", "regex>=2024.5", "matplotlib>=3.8",
-#   "safetensors>=0.4.5", "tqdm>=4.66",
+#   "safetensors>=0.4.5", "tqdm>=4.66", "filelock>=4.3",
 # ]
 # ///
 r"""07 · GRPO: rewarded for right answers and their form alone, a model learns that thinking pays.
@@ -194,10 +194,11 @@ def grpo_loss(
         denominator = denominators(mask, denominator)
     if denominator.shape != logp.shape[:1]:
         raise ValueError(f"want denominator ({len(logp)},), got {tuple(denominator.shape)}")
-    # what isn't drawn may hold anything, and 0 · inf is NaN: it is replaced and not multiplied; so
-    # is the gradient of a ratio that overflowed and was clipped, which none may
+    # what isn't drawn may hold anything, and 0 · inf is NaN: it is replaced and not multiplied.
+    # Nor may a ratio overflow that is clipped: its gradient would be 0 · inf
     largest = 5.0 if logp.dtype == torch.float16 else 40.0
-    ratio = torch.where(mask, logp - old_logp.detach(), 0.0).clamp(max=largest).exp()  # (B, T)
+    limit = torch.where(advantages < 0, float("inf"), largest).to(logp.dtype)
+    ratio = torch.where(mask, logp - old_logp.detach(), 0.0).clamp(max=limit).exp()  # (B, T)
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     per_token = torch.minimum(ratio * advantages, clipped * advantages)
     if beta:
@@ -759,31 +760,28 @@ def run_stage(
     folder.mkdir(parents=True, exist_ok=True)
     run, state = base.Run(folder), {"step": 0, "seconds": 0.0}
     save = lambda: run.save(model, optimizer, encoding, state)
-    show = {"total": steps, "unit": "step", "dynamic_ncols": True, "disable": not sys.stderr}
-    with (
-        base.alone(folder),
-        tqdm(desc=folder.name, **show) as bar,
-        base.interrupts() as interrupted,
-    ):
+    with base.alone(folder):
         if run.saved():
             state = run.restore(model, optimizer)
         run.forget_after(state["step"])
-        bar.initial = bar.n = state["step"]
-        while state["step"] < steps and not interrupted:
-            begin = time.perf_counter()
-            try:
-                metrics = step(state["step"])
-            except BadProblem:
-                save()
-                raise
-            state["step"] += 1
-            state["seconds"] += time.perf_counter() - begin
-            run.log(step=state["step"], seconds=state["seconds"], **metrics)
-            shown = [f"{key} {value:.3g}" for key, value in list(metrics.items())[:3]]
-            bar.set_postfix_str(", ".join(shown), refresh=False)
-            bar.update()
-            if state["step"] % every == 0 or state["step"] == steps or interrupted:
-                save()
+        show = {"total": steps, "initial": state["step"], "unit": "step", "dynamic_ncols": True}
+        show |= {"desc": folder.name, "disable": not sys.stderr}
+        with tqdm(**show) as bar, base.interrupts() as interrupted:
+            while state["step"] < steps and not interrupted:
+                begin = time.perf_counter()
+                try:
+                    metrics = step(state["step"])
+                except BadProblem:
+                    save()
+                    raise
+                state["step"] += 1
+                state["seconds"] += time.perf_counter() - begin
+                run.log(step=state["step"], seconds=state["seconds"], **metrics)
+                shown = [f"{key} {value:.3g}" for key, value in list(metrics.items())[:3]]
+                bar.set_postfix_str(", ".join(shown), refresh=False)
+                bar.update()
+                if state["step"] % every == 0 or state["step"] == steps or interrupted:
+                    save()
     if interrupted:
         raise KeyboardInterrupt
     return run.metrics()
@@ -1270,7 +1268,7 @@ def arguments() -> argparse.Namespace:
         cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")
     if args.steps is not None and args.steps < 1:
         cli.error(f"--steps must be positive, got {args.steps}")
-    for name in set(KEPT) - {"init"} if args.resume else ():
+    for name in [key for key in KEPT if key != "init"] if args.resume else ():  # it may have moved
         if getattr(args, name) != cli.get_default(name):
             cli.error(f"--{name}: a resumed run keeps what it was begun with")
     return args
@@ -1285,6 +1283,8 @@ def take_over(args: argparse.Namespace) -> None:
         for key in KEPT:
             setattr(args, key, entry[key])
         PRESETS[args.preset]
+        if moved and not args.init:
+            raise ValueError("it began without --init")
         args.init = args.init and (moved or Path(args.init))
         args.begun_with = entry.get("weights")
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -1307,8 +1307,11 @@ def begin_run(args: argparse.Namespace) -> Path:
 
 
 def weights_digest(init: Path) -> str:
-    with (base.checkpoint_of(init) / "model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for path in base.weight_files(base.checkpoint_of(init)):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def begin_model(args: argparse.Namespace) -> tuple[base.DeepSeek, tiktoken.Encoding]:

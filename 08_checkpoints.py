@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch>=2.11,<=2.13", "numpy>=1.26", "tiktoken>=0.8", "regex>=2024.5", "matplotlib>=3.8",
-#   "safetensors>=0.4.5", "tqdm>=4.66", "jinja2>=3.1",
+#   "safetensors>=0.4.5", "tqdm>=4.66", "filelock>=4.3", "jinja2>=3.1",
 # ]
 # ///
 r"""08 · Checkpoints: the released models in, ours out, and a chat with either.
@@ -864,7 +864,10 @@ class Talk:
         if encoding.max_token_value >= c.vocab_size:
             most = f"ids up to {encoding.max_token_value}, the model {c.vocab_size} rows"
             raise ValueError(f"the tokenizer is of another model: it has {most}")
-        names = special_ids(encoding, c.bos_token_id, c.eos_token_id)
+        try:
+            names = special_ids(encoding, c.bos_token_id, c.eos_token_id)
+        except ValueError as error:
+            raise ValueError(f"the tokenizer is not that of config.json: {error}") from None
         self.marks = [names.get(i, "") for i in (c.bos_token_id, c.eos_token_id)]
 
     def prompt(self, room: int) -> list[int]:
@@ -1303,14 +1306,8 @@ def arguments() -> argparse.Namespace:
         base.mtp.validate_drawing(args.temperature, args.top_p)
     except ValueError as error:
         cli.error(f"--temperature, --top-p: {error}")
-    if args.folder is None:
-        if args.save or args.fp8 or args.compile:
-            cli.error("--save, --fp8 and --compile want a FOLDER")
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=args.out).close()
-        except OSError as error:
-            cli.error(f"--out {args.out}: {error.strerror}; want a folder that can be written to")
+    if args.folder is None and (args.save or args.fp8 or args.compile):
+        cli.error("--save, --fp8 and --compile want a FOLDER")
     if args.compile and (args.save or args.fp8):
         cli.error("--compile is for a chat, and not for weights kept in FP8")
     kind = args.device.split(":")[0]
@@ -1324,6 +1321,12 @@ def arguments() -> argparse.Namespace:
             )  # graphs are of the current one
     except Exception as error:  # each backend raises a type of its own
         cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
+    if args.folder is None:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.out).close()
+        except OSError as error:
+            cli.error(f"--out {args.out}: {error.strerror}; want a folder that can be written to")
     return args
 
 

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch>=2.11,<=2.13", "numpy>=1.26", "tiktoken>=0.8", "regex>=2024.5", "matplotlib>=3.8",
-#   "safetensors>=0.4.5", "tqdm>=4.66",
+#   "safetensors>=0.4.5", "tqdm>=4.66", "filelock>=4.3",
 # ]
 # ///
 r"""09 · Cost: why it was cheap, in arithmetic, from 671 billion weights to $5.576 million.
@@ -540,8 +540,8 @@ def describe(
 
 
 # %% Exercises -------------------------------------------------------------------------------
-# 1. V3 at Llama 3's 41 %: what does --preset v3 --mfu 0.41 say? So what did the mixture cost, and
-#    (MTP, 4 % of the FLOPs, is not in it), and what would one of 16 of 512 experts of half the
+# 1. V3 at Llama 3's 41 %: what does --preset v3 --mfu 0.41 say? So what did the mixture cost
+#    (MTP, 4 % of the FLOPs, is not in it)? And what would one of 16 of 512 experts of half the
 #    width cost in bytes sent?
 # 2. At which context does attention take half of a training token's FLOPs? And of a decoded one's?
 # 3. The rent is $5.576M. Add what is not in it: 2,048 GPUs at $30,000, a year of 150 people. Which
@@ -564,12 +564,6 @@ def arguments() -> argparse.Namespace:
     args = cli.parse_args()
     if args.preset and args.config:
         cli.error("--preset or --config, not both")
-    if not (args.preset or args.config):
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=args.out).close()
-        except OSError as error:
-            cli.error(f"--out {args.out}: {error.strerror}; want a folder that can be written to")
     for name in ("tokens", "mfu", "gpu", "context") if not (args.preset or args.config) else ():
         if getattr(args, name) != cli.get_default(name):
             cli.error(f"--{name} is of one model: want --preset or --config beside it")
@@ -591,6 +585,12 @@ def arguments() -> argparse.Namespace:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # each backend raises a type of its own
         cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
+    if not (args.preset or args.config):
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.out).close()
+        except OSError as error:
+            cli.error(f"--out {args.out}: {error.strerror}; want a folder that can be written to")
     return args
 
 

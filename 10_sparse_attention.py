@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch>=2.11,<=2.13", "numpy>=1.26", "tiktoken>=0.8", "regex>=2024.5", "matplotlib>=3.8",
-#   "safetensors>=0.4.5", "tqdm>=4.66",
+#   "safetensors>=0.4.5", "tqdm>=4.66", "filelock>=4.3",
 # ]
 # ///
 r"""10 · Sparse attention: a small indexer points at 2,048 tokens, and attention reads only these.
@@ -166,7 +166,7 @@ def ranked(scores: Tensor, seen: Tensor) -> Tensor:
     """Scores (B, T, S) for topk: unseen slots last, and of those at 0 the earliest first. With few
     heads ReLU makes many, and among equals topk would choose by S. All others stay as they are."""
     place = torch.arange(scores.shape[-1], device=scores.device, dtype=scores.dtype)
-    return (scores - torch.finfo(torch.float32).tiny * place).masked_fill(~seen, -math.inf)
+    return torch.where(seen, scores - torch.finfo(torch.float32).tiny * place, -math.inf)
 
 
 def highest(scores: Tensor, seen: Tensor, count: int) -> Tensor:
@@ -659,14 +659,14 @@ def arguments() -> argparse.Namespace:
     if not 0 <= args.seed < 2**63:
         cli.error(f"--seed must be >= 0 and fit 63 bits, got {args.seed}")
     try:
+        torch.zeros(1, dtype=torch.float64, device=args.device).item()  # the checks need float64
+    except Exception as error:  # each backend raises a type of its own
+        cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
+    try:
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
     except OSError as error:
         cli.error(f"--out {args.out}: {error.strerror}; want a folder that can be written to")
-    try:
-        torch.zeros(1, dtype=torch.float64, device=args.device).item()  # the checks need float64
-    except Exception as error:  # each backend raises a type of its own
-        cli.exit(2, f"cannot run on --device {args.device}: {str(error).splitlines()[0][:100]}\n")
     return args
 
 

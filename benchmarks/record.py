@@ -113,7 +113,7 @@ def without_machine_paths(text: str, root: Path) -> str:
     for place, short in ((str(root), ""), (home, "~/"), (tempfile.gettempdir(), "…/")):
         if place not in ("/", "~"):  # a home of "/" would match every slash
             text = text.replace(f"{place}{os.sep}", short)
-    return re.sub(r"(?<![\w.~…:/])(?:[A-Z]:)?[\\/][^\s'\"]+[\\/]([^\s'\"\\/]*)", r"…/\1", text)
+    return re.sub(r"(?<![\w.~…:/])(?:[A-Z]:[\\/]|/)[^\s'\"]+[\\/]([^\s'\"\\/]*)", r"…/\1", text)
 
 
 def run_live(command: list[str], root: Path) -> tuple[int, list[str]]:

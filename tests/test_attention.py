@@ -459,6 +459,13 @@ def test_rows_that_go_on_have_the_room_of_their_own_longest():
     assert cache.used == 0
 
 
+def test_a_cache_takes_keys_and_values_of_its_own_dtype():
+    cache, k = attn.KVCache(1, 5, 2, 6), torch.zeros(1, 2, 1, 6)
+    for pair in (k, k.double()), (k.double(), k), (k, k[..., :5]):
+        with pytest.raises(ValueError, match="cache takes two of"):
+            cache.append(*pair)
+
+
 def test_an_emptied_cache_trains_again():
     layer, cache = gqa(), attn.KVCache(2, 5, 2, 6, dtype=torch.float64)
     x = torch.randn(2, 5, 24, dtype=torch.float64)

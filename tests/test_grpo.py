@@ -1482,6 +1482,10 @@ def test_a_clipped_ratio_that_overflows_has_no_gradient(dtype):
         loss, _ = grpo_loss(logp, old, torch.tensor([advantage], dtype=dtype), logp.detach() < 1)
         [gradient] = torch.autograd.grad(loss, logp)
         assert loss.isfinite() and gradient[0].tolist() == [0.0, want]
+    old = torch.tensor([[-6.0, -1.0]], dtype=dtype)  # below 0 nothing clips a large one
+    loss, _ = grpo_loss(logp, old, torch.tensor([-1.0], dtype=dtype), logp.detach() < 1)
+    [gradient] = torch.autograd.grad(loss, logp)
+    assert gradient[0, 0].item() == pytest.approx(math.exp(6) / 2, rel=2e-3)
 
 
 def test_small_differences_of_large_rewards_in_float64_are_no_ties():

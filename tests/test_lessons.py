@@ -20,15 +20,16 @@ SCREEN = (45, 120)  # lines, columns
 MINUTE = 60  # seconds, on two cores
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of two
     MINUTE = 120
+INLINE = "module://matplotlib_inline.backend_inline"  # what a notebook hands down
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def start(chapter: Path, folder: Path, *args: str) -> subprocess.CompletedProcess:
     """A copy in an empty folder: what a chapter needs beside it would be missing there. In the
-    poorest terminal, and with the figures' backend that a notebook hands down."""
+    poorest terminal, and with a backend for figures that is not installed."""
     folder.mkdir()
     shutil.copy(chapter, folder)
-    env = os.environ | {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://not_installed"}
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "MPLBACKEND": INLINE}
     env.pop("PYTHONPATH", None)  # else the repository could still be found
     command = [sys.executable, chapter.name, *args]
     return subprocess.run(
