@@ -134,7 +134,7 @@ def test_compiled_it_gives_the_eager_numbers():
 
     torch.compiler.reset()
     for mine, other in zip(all_of(torch.compile), all_of(lambda f: f), strict=True):
-        assert torch.equal(mine, other) and other.abs().max() > 0
+        assert 0 < other.abs().max() and (mine - other).abs().max() <= 1e-6 * other.abs().max()
 
 
 def test_zeros_stay_zeros_and_small_numbers_survive():
