@@ -407,6 +407,16 @@ def test_gradients_pass_through_a_prefilled_cache(absorb):
         assert_close(got[name], want[name])
 
 
+def test_gradients_pass_from_the_second_pass_to_the_first():
+    layer, x = make(), inputs(2, 6)
+    weights, cache = list(layer.parameters()), cache_for(layer, 2, 8)
+    parts = [layer(part, cache, absorb=False) for part in x.split((4, 2), 1)]
+    outs = torch.cat(parts, 1), layer(x)
+    pairs = (torch.autograd.grad(out.square().sum(), weights) for out in outs)
+    for got, want in zip(*pairs, strict=True):
+        assert_close(got, want)
+
+
 def test_absorbs_below_the_break_even():
     with torch.device("meta"):
         v3 = mla.MultiHeadLatentAttention(**mla.V3)
