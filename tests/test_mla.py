@@ -417,6 +417,18 @@ def test_gradients_pass_from_the_second_pass_to_the_first():
         assert_close(got, want)
 
 
+def test_only_rows_that_write_into_a_shared_page_need_a_copy():
+    """A full page of three rows; one goes back into it: a copy and two new pages, all there are."""
+    cache = mla.PagedLatentCache(1, 128, 4, 2, pool=4)
+    cache.append(torch.randn(1, 64, 4), torch.randn(1, 64, 2))
+    cache.select(torch.tensor([0, 0, 0]))
+    cache.truncate(torch.tensor([60, 64, 64]))
+    cache.append(torch.randn(3, 1, 4), torch.randn(3, 1, 2))
+    assert cache.lengths.tolist() == [61, 65, 65] and not cache.free
+    with pytest.raises(ValueError, match="0 of 4 pages are free, the new tokens need 1"):
+        cache.append(torch.randn(3, 62, 4), torch.randn(3, 62, 2))
+
+
 def test_absorbs_below_the_break_even():
     with torch.device("meta"):
         v3 = mla.MultiHeadLatentAttention(**mla.V3)
