@@ -749,9 +749,13 @@ def _check(name: str, codes: Tensor, scales: Tensor) -> bool:
     return by_tiles
 
 
-@torch.compiler.disable
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     """codes · scale in fp32, for what quantize_tiles or quantize_blocks made: (..., N, K)."""
+    return _dequantize(codes, scales)
+
+
+@torch.compiler.disable
+def _dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     if not _check("codes", codes, scales):
         scales = scales.repeat_interleave(128, -2)[..., : codes.shape[-2], :]
     if codes.device.type == "cpu":  # looked up, which is faster than a cast
