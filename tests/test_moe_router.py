@@ -460,6 +460,8 @@ def test_descending_the_balance_loss_evens_the_load():
 def test_max_violation_by_hand():
     got = moe.max_violation(torch.tensor([[4, 2, 0, 2], [5, 5, 5, 5]]))
     assert_close(got, torch.tensor([1.0, 0.0]), 0)
+    assert moe.max_violation(torch.tensor([1, 0, 0, 0])) == 3  # one token, fewer than experts
+    assert moe.max_violation(torch.zeros(4)).isnan()
 
 
 # Dispatch and the grouped product -----------------------------------------------------------
