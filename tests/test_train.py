@@ -2502,3 +2502,12 @@ def test_saving_a_tied_or_compiled_model(tmp_path):
     model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
     model.save_pretrained(tmp_path)
     assert torch.equal(DeepSeek.from_pretrained(tmp_path)(tokens), want)
+
+
+def test_the_mtp_loss_that_is_logged_is_without_its_weight(corpus, tmp_path, monkeypatch):
+    model = fresh_model(corpus, num_nextn_predict_layers=1)
+    step = lambda rows, scale, weight: (torch.tensor(1.0), torch.tensor(0.6), None)
+    monkeypatch.setattr(chapter, "stepper", lambda *_: step)
+    chapter.train(model, corpus, replace(RECIPE, steps=3, mtp_weight=0.3), tmp_path)
+    found = [entry.get("mtp_loss") for entry in chapter.Run(tmp_path).metrics()]
+    assert found[0] == pytest.approx(2.0)
