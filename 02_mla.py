@@ -6,10 +6,10 @@
 # ///
 r"""02 · MLA: cache one short latent a token, and let every head read it.
 
-A token in DeepSeek-V3's cache takes 70,272 bytes over all 61 layers. An MHA of 128
-heads of 128 would take 3,997,696: 57 times as much (its own heads, rotated channels included: 71).
-Keys and values are matrix times latent, so nothing is lost; and nobody has to spell them out, for a
-matrix may change sides in a product: q·(W c) = (Wᵀ q)·c.
+A token in DeepSeek-V3's cache takes 70,272 bytes over all 61 layers. An MHA of 128 heads of 128
+would take 3,997,696: 57 times as much (V3's own heads, rotated channels included: 71). Keys and
+values are matrix times latent, so nothing is lost; and nobody has to spell them out, for a matrix
+may change sides in a product: q·(W c) = (Wᵀ q)·c.
 
     x (B,T,C) ─┬─ W_DQ ─ norm ─ W_UQ ─► qᶜ (B,H,T,N) ─ W_UKᵀ ─► (B,H,T,L)
                │             └─ W_QR ─► qᴿ (B,H,T,R) ─ RoPE ──┐    │
@@ -156,7 +156,7 @@ def yarn_frequencies(
     YaRN (arXiv:2309.00071, §3.2) stretches the context: a pair that turns more than beta_fast times
     within the original one keeps its speed, one that turns less than beta_slow times is slowed by
     `factor`. Between the two the paper blends by the number of turns; all released code, this too,
-    by the pair's index. ValueError: dim is odd, or factor below 1.
+    by the pair's index. ValueError: dim is odd, factor below 1, or theta of 1 to be stretched.
     """
     if dim % 2 or dim <= 0:
         raise ValueError(f"RoPE turns pairs of channels: {dim} channels are none or odd")

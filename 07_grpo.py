@@ -195,7 +195,8 @@ def grpo_loss(
     if denominator.shape != logp.shape[:1]:
         raise ValueError(f"want denominator ({len(logp)},), got {tuple(denominator.shape)}")
     # what isn't drawn may hold anything, and 0 · inf is NaN: it is replaced and not multiplied.
-    # Nor may a ratio overflow that is clipped: its gradient would be 0 · inf
+    # Nor may a ratio overflow that is clipped: its gradient would be 0 · inf. e^5 and e^40 are far
+    # from any clip, and leave room for the product: fp16 ends at e^11, the wider ones at e^88
     largest = 5.0 if logp.dtype == torch.float16 else 40.0
     limit = torch.where(advantages < 0, float("inf"), largest).to(logp.dtype)
     ratio = torch.where(mask, logp - old_logp.detach(), 0.0).clamp(max=limit).exp()  # (B, T)
@@ -274,7 +275,7 @@ def rollout(
     The logp are those of the very distribution that is drawn from: temperature and top_p included
     (temperature 0: the likeliest token, with probability 1). A row that has ended leaves the batch.
     To learn from, draw at a top_p of 1: `score` knows no other (V3.2 keeps what top_p left [4]).
-    ValueError: an empty prompt, more tokens than max_position_embeddings.
+    ValueError: an empty prompt, more tokens than max_position_embeddings, logits of NaN.
     """
     padded, lengths = mtp.padded_prompts(prompts, max_new_tokens, temperature, top_p)
     room, limit = max(lengths) + max_new_tokens, model.config.max_position_embeddings
@@ -1276,19 +1277,19 @@ def arguments() -> argparse.Namespace:
 
 def take_over(args: argparse.Namespace) -> None:
     """--resume: the settings are those that the run was begun with."""
+    moved = args.init
     try:
         entry = json.loads((args.resume / "run.json").read_text())
         entry = {"preset": "elicit", "further": False} | entry  # older than the flags
-        moved = args.init
         for key in KEPT:
             setattr(args, key, entry[key])
         PRESETS[args.preset]
-        if moved and not args.init:
-            raise ValueError("it began without --init")
-        args.init = args.init and (moved or Path(args.init))
         args.begun_with = entry.get("weights")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{args.resume} is no folder of a run of 07: {error!r}") from None
+    if moved and not args.init:
+        raise ValueError(f"--init {moved}: {args.resume} was begun without")
+    args.init = args.init and (moved or Path(args.init))
 
 
 def begin_run(args: argparse.Namespace) -> Path:
@@ -1307,6 +1308,7 @@ def begin_run(args: argparse.Namespace) -> Path:
 
 
 def weights_digest(init: Path) -> str:
+    """Of the files of its weights: by it a resumed run knows the model that it began with."""
     digest = hashlib.sha256()
     for path in base.weight_files(base.checkpoint_of(init)):
         with path.open("rb") as file:

@@ -83,8 +83,8 @@ def layer_reference(layer: "SparseLatentAttention", x: Tensor) -> Tensor:
     scores = scores_reference(index_q[0], w[0], layer.indexer.keys(x[None], cos, sin)[0])
     out = []
     for t in range(T):
-        ranked = scores[t, : t + 1].argsort(descending=True, stable=True)
-        best = ranked[: layer.index_topk].tolist()
+        order = scores[t, : t + 1].argsort(descending=True, stable=True)  # of equals the earliest
+        best = order[: layer.index_topk].tolist()
         heads = []
         for h, up in enumerate(layer.kv_b_proj.weight.view(layer.heads, -1, L)):
             logits = torch.stack([

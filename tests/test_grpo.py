@@ -1154,6 +1154,7 @@ def test_a_checkpoint_is_saved_over_what_a_kill_has_left(tmp_path):
     (("--task", "LAZY:Long"), "are over 512"),
     (("--task", "LAZY:Mute"), "want max_new_tokens >= 1, got 0"),
     (("--task", "LAZY:Asks"), "33333' and its answer, 515 tokens, are over 512"),
+    (("--resume", "BEGUN", "--init", "x"), "--init x: "),
     (("--resume", "LIST"), "is no folder of a run of 07: TypeError"),
     (("--resume", "PRESET"), "is no folder of a run of 07: KeyError('nope')"),
 ])  # fmt: skip
@@ -1167,10 +1168,11 @@ def test_the_command_refuses_and_leaves_nothing(args, message, tmp_path, monkeyp
         "    sets = [[grpo.Problem('3' * n, '') for n in (5, 450)], [grpo.Problem('2', '')]]\n"
     )
     entry = dict(task="clock", init=None, steps=None, quick=True, seed=0, preset="nope")
-    for name, content in ("list", []), ("preset", entry):
+    begun = entry | {"preset": "elicit"}
+    for name, content in ("list", []), ("preset", entry), ("begun", begun):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps(content))
-    places = {"LAZY": "lazy.py", "LIST": "list", "PRESET": "preset"}
+    places = {"LAZY": "lazy.py", "LIST": "list", "PRESET": "preset", "BEGUN": "begun"}
     for word, place in places.items():
         args = [arg.replace(word, str(tmp_path / place)) for arg in args]
     monkeypatch.setattr(sys, "argv", ["07_grpo.py", *args, "--out", str(tmp_path / "runs")])
